@@ -1,0 +1,83 @@
+# make help lists the targets. PYTHON chooses the interpreter that the virtual environment is made from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT := $(VENV)/.built
+LINTERS := $(VENV)/.linters
+SHIM := pymirror/_shim.abi3.so
+SHIM_SOURCES := $(wildcard native/*.[ch]) native/build_shim.py setup.py pymirror/_version.py
+C_FILES = $(wildcard native/*.[ch] native/tests/*.[ch])
+PY_DIRS = $(wildcard pymirror tests native examples benchmarks) setup.py
+
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP += $(shell test -w "$${HOME:-/nonexistent}" || echo --no-cache-dir)
+
+# A virtual environment knows the folder it was made in: in a moved or copied clone it would import the old one.
+ifneq ($(shell cat $(VENV)/.where 2>/dev/null),$(CURDIR))
+$(BUILT): FORCE
+else ifeq ($(wildcard $(SHIM)),)
+$(BUILT): FORCE
+endif
+
+.PHONY: build test demo lint format check-native bench clean help FORCE
+.DEFAULT_GOAL := build
+
+build: $(BUILT) ## compile the shim and install pymirror into .venv, editable
+	@:
+
+test: build ## C tests, then pytest; PYTEST_ARGS= adds options
+	@$(MAKE) -s -C native test
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: build ## a driver racing the kernel, in a few seconds; DEMO_ARGS= adds options
+	@$(BIN)/pymirror demo $(DEMO_ARGS)
+
+lint: build $(LINTERS) ## ruff, mypy --strict, clang-format; changes nothing
+	@$(BIN)/ruff check -q $(PY_DIRS)
+	@$(BIN)/ruff format -q --check $(PY_DIRS) || { echo "make format puts these files right" >&2; exit 1; }
+	@$(BIN)/mypy --strict --no-error-summary pymirror
+	@$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: build $(LINTERS) ## put the layout of Python and C files right
+	@$(BIN)/ruff check -q --select I --fix $(PY_DIRS)
+	@$(BIN)/ruff format -q $(PY_DIRS)
+	@$(BIN)/clang-format -i $(C_FILES)
+
+check-native: ## C tests: plain, with ASan and UBSan, with TSan
+	@$(MAKE) -s -C native check
+
+bench: build ## the benchmarks; BENCH_ARGS= adds options
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean: ## remove everything that make made
+	@rm -rf $(VENV) build dist *.egg-info $(SHIM) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+# Two of these at once in one clone would trample each other, hence the lock.
+$(BUILT): pyproject.toml $(SHIM_SOURCES)
+	@$(call preflight)
+	@mkdir -p build && exec 9>build/.lock && flock 9 && \
+	{ test "$$(cat $(VENV)/.where 2>/dev/null)" = '$(CURDIR)' || \
+	{ $(PYTHON) -m venv --clear $(VENV) && echo '$(CURDIR)' >$(VENV)/.where; }; } && \
+	$(BIN)/python native/build_shim.py --requires >build/requires.txt && \
+	$(PIP) -r build/requires.txt && \
+	$(PIP) --no-build-isolation -e '.[test]' && touch $@
+
+$(LINTERS): pyproject.toml | $(BUILT)
+	@$(PIP) --no-build-isolation -e '.[dev]' && touch $@ $(BUILT)
+
+define preflight
+set -e; fail() { echo "make build: $$1" >&2; exit 1; }; \
+command -v $(PYTHON) >/dev/null || fail "no $(PYTHON) here; name an interpreter: make PYTHON=python3.12"; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	fail "needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12"; \
+$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	fail "$(PYTHON) has no venv with pip; on Debian and Ubuntu: apt install python3-venv"; \
+command -v $(firstword $(CC)) >/dev/null || fail "no C compiler ($(CC)); on Debian and Ubuntu: apt install gcc libc6-dev"; \
+test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	fail "no Python.h for $(PYTHON); on Debian and Ubuntu: apt install python3-dev"
+endef
