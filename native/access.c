@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * access.c - the device reads and writes process memory through its page table.
+ *
+ * A read is optimistic: it is announced, copies with no lock held, and is discarded and done again if an invalidation
+ * passed meanwhile. A write cannot be taken back: it is announced, and an invalidation waits for it.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "table.h"
+
+enum { ACCESS_PAGES = 256 };
+static const uint64_t writer_wait_ns = 1000ULL * 1000 * 1000;
+
+struct span {
+    struct pm_table *table;
+    struct pm_mm *mm;
+    uint64_t addr, len; /* bytes; len shrinks to what the table serves */
+    uint64_t entry[ACCESS_PAGES];
+    struct pm_inflight flight;
+    bool write;
+};
+
+static void fault_at(struct pm_access *access, uint64_t page, uint64_t end, uint32_t fault)
+{
+    access->fault = fault;
+    access->fault_start = page;
+    access->fault_end = end;
+}
+
+static uint32_t fault_of(const struct pm_mm *mm, uint64_t entry, bool write)
+{
+    if (entry & PM_ENTRY_VALID)
+        return write && !(entry & PM_ENTRY_WRITE) ? PM_FAULT_READONLY : PM_FAULT_NONE;
+    if (!(entry & PM_ENTRY_FENCED))
+        return PM_FAULT_MISSING;
+    return pm_seq_undelivered(mm, entry & PM_ENTRY_SEQ_MASK) ? PM_FAULT_FENCED : PM_FAULT_STALE;
+}
+
+static uint64_t entry_at(struct pm_table *table, uint64_t addr)
+{
+    struct pm_leaf *leaf = pm_table_leaf(table, addr);
+
+    return leaf ? leaf->entry[pm_leaf_slot(addr)] : 0;
+}
+
+/* With the device lock held: how much of the span the table serves; the fault when that is nothing. */
+static void look_up(struct span *span, struct pm_access *access)
+{
+    uint64_t page = pm_page_down(span->addr), end = span->addr + span->len;
+
+    for (unsigned i = 0; page < end; i++, page += PM_PAGE_SIZE) {
+        uint32_t fault;
+
+        span->entry[i] = entry_at(span->table, page);
+        fault = fault_of(span->mm, span->entry[i], span->write);
+        if (fault == PM_FAULT_NONE)
+            continue;
+        if (i == 0) {
+            fault_at(access, page, page + PM_PAGE_SIZE, fault);
+            access->fence_seq = span->entry[0] & PM_ENTRY_FENCED ? span->entry[0] & PM_ENTRY_SEQ_MASK : 0;
+            span->len = 0;
+        } else {
+            span->len = page - span->addr;
+        }
+        return;
+    }
+}
+
+static void announce(struct span *span)
+{
+    struct pm_mm *mm = span->mm;
+
+    span->flight = (struct pm_inflight){
+        .next = mm->inflight,
+        .start = span->addr,
+        .last = span->addr + span->len - 1,
+        .since_ns = pm_now_ns(),
+        .write = span->write,
+    };
+    mm->inflight = &span->flight;
+    mm->stats.inflight++;
+}
+
+static void withdraw(struct span *span)
+{
+    struct pm_inflight **link = &span->mm->inflight;
+
+    while (*link != &span->flight)
+        link = &(*link)->next;
+    *link = span->flight.next;
+    span->mm->stats.inflight--;
+    if (span->write)
+        pthread_cond_broadcast(&span->mm->drained);
+}
+
+/* Narrow the span to the pages whose PFNs are those programmed: the first other one is a change nobody told of. */
+static int check_pages(struct span *span, struct pm_access *access)
+{
+    uint64_t seen[ACCESS_PAGES];
+    uint64_t first = pm_page_down(span->addr);
+    uint64_t n = (pm_page_up(span->addr + span->len) - first) >> PM_PAGE_SHIFT;
+    uint64_t i = 0, page;
+    int err;
+
+    if (!pm_have(span->mm, PM_FEAT_PAGEMAP))
+        return 0;
+    err = pm_pagemap_read(span->mm, first, n, seen);
+    if (err)
+        return err;
+    while (i < n && !pm_entry_changed(span->entry[i], seen[i]))
+        i++;
+    if (i == n)
+        return 0;
+    page = first + (i << PM_PAGE_SHIFT);
+    if (i > 0) {
+        span->len = page - span->addr;
+        return 0;
+    }
+    while (i < n && pm_entry_changed(span->entry[i], seen[i]))
+        i++;
+    fault_at(access, page, first + (i << PM_PAGE_SHIFT), PM_FAULT_CHANGED);
+    span->len = 0;
+    return -EFAULT;
+}
+
+/* Bytes copied, or -EFAULT with the fault set, or another errno. */
+static int64_t copy(struct span *span, struct pm_access *access, char *buf)
+{
+    ssize_t n = span->write ? pm_sys_vm_writev(buf, span->addr, span->len) : pm_sys_vm_readv(buf, span->addr, span->len);
+
+    if (n == -EINTR)
+        return 0;
+    if (n != -EFAULT)
+        return n;
+    fault_at(access, pm_page_down(span->addr), pm_page_down(span->addr) + PM_PAGE_SIZE, PM_FAULT_CHANGED);
+    return -EFAULT;
+}
+
+/* A stream of writes must not keep an invalidation waiting; nor may one that is stuck keep a writer for ever. */
+static void let_drains_by(struct pm_mm *mm)
+{
+    uint64_t until = pm_now_ns() + writer_wait_ns;
+
+    while (mm->draining && pm_wait(mm, &mm->idle, until) != -ETIMEDOUT)
+        continue;
+}
+
+/* One announced piece. Bytes done, 0 to try again, or a negative errno. */
+static int64_t access_span(struct span *span, struct pm_access *access, char *buf)
+{
+    struct pm_mm *mm = span->mm;
+    bool voided;
+    int64_t n;
+
+    pm_lock(mm);
+    if (span->write)
+        let_drains_by(mm);
+    look_up(span, access);
+    if (span->len)
+        announce(span);
+    pm_unlock(mm);
+    if (!span->len)
+        return -EFAULT;
+    pm_point(PM_POINT_ACCESS_LOOKED_UP);
+    n = check_pages(span, access);
+    if (!n)
+        n = copy(span, access, buf);
+    pm_point(PM_POINT_ACCESS_COPIED);
+    pm_lock(mm);
+    voided = span->flight.voided;
+    withdraw(span);
+    if (voided && !span->write)
+        mm->stats.access_redone++;
+    pm_unlock(mm);
+    if (!voided || span->write)
+        return n;
+    access->fault = PM_FAULT_NONE;
+    access->redone++;
+    return 0;
+}
+
+static int access_all(struct pm_table *table, struct pm_mm *mm, struct pm_access *access)
+{
+    struct span span = {.table = table, .mm = mm, .write = access->write != 0};
+
+    while (access->done < access->len) {
+        int64_t n = pm_mm_check(mm);
+
+        if (n)
+            return (int)n;
+        span.addr = access->addr + access->done;
+        span.len = pm_min(access->len - access->done, ACCESS_PAGES * PM_PAGE_SIZE - span.addr % PM_PAGE_SIZE);
+        n = access_span(&span, access, (char *)access->buf + access->done);
+        if (n < 0)
+            return (int)n;
+        access->done += (uint64_t)n;
+    }
+    return 0;
+}
+
+int pm_access(pm_table *table, struct pm_access *access)
+{
+    struct pm_mm *mm;
+    int err;
+
+    access->fault = PM_FAULT_NONE;
+    access->done = access->redone = access->fence_seq = 0;
+    access->fault_start = access->fault_end = 0;
+    if (access->len == 0 || access->addr >= PM_USER_END || access->len > PM_USER_END - access->addr)
+        return -EINVAL;
+    if (pm_table_inherited(table))
+        return -ESRCH;
+    mm = pm_table_mm(table);
+    if (!mm) {
+        fault_at(access, pm_page_down(access->addr), pm_page_down(access->addr) + PM_PAGE_SIZE, PM_FAULT_MISSING);
+        return -EFAULT;
+    }
+    err = pm_mm_enter(mm);
+    if (!err) {
+        err = access_all(table, mm, access);
+        pm_mm_exit(mm);
+    }
+    pm_mm_put(mm);
+    return err;
+}

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * fork.c - what libc's fork means for the contexts of this process.
+ *
+ * A fork write-protects the parent's private pages: an invalidation of the whole mm, begun before it and ended after it.
+ * The device lock is not held in between, since fork() waits for the monitor, which needs it. The child has none
+ * of the threads: it closes the descriptors, which would keep the parent's registrations alive, and its contexts are dead.
+ */
+#include <string.h>
+
+#include "internal.h"
+
+static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
+
+static void prepare_mm(struct pm_mm *mm)
+{
+    struct pm_event event = {.type = PM_PROTECTION_PAGE, .guarantee = PM_BEFORE};
+
+    pm_lock(mm);
+    if (mm->fork_tid == 0 && atomic_load(&mm->state) == PM_MM_OPEN) {
+        memset(&mm->fork_inv, 0, sizeof(mm->fork_inv));
+        event.seq = pm_inv_open(mm, &mm->fork_inv, 0, UINT64_MAX, PM_PROTECTION_PAGE, PM_BEFORE);
+        event.when_ns = mm->fork_inv.since_ns;
+        mm->fork_tid = pm_gettid();
+        mm->stats.events[PM_PROTECTION_PAGE]++;
+        pm_queue_push(mm, &event);
+        pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
+    }
+    pm_unlock(mm);
+}
+
+static void parent_mm(struct pm_mm *mm)
+{
+    if (mm->fork_tid != pm_gettid())
+        return;
+    pm_watch_after_fork(mm);
+    pm_lock(mm);
+    pm_inv_close(mm, &mm->fork_inv);
+    mm->fork_tid = 0;
+    pm_status_update(mm);
+    pm_unlock(mm);
+}
+
+static void child_close(int fd)
+{
+    if (fd >= 0)
+        pm_sys_close(fd);
+}
+
+static void child_mm(struct pm_mm *mm)
+{
+    child_close(mm->uffd);
+    child_close(mm->wake_fd);
+    child_close(mm->spare_fd);
+    child_close(mm->maps_fd);
+    child_close(mm->pagemap_fd);
+    child_close(mm->status_fd);
+}
+
+static void prepare(void)
+{
+    pm_registry_lock();
+    for (struct pm_mm *mm = pm_registry_list(); mm; mm = mm->next)
+        prepare_mm(mm);
+    pm_point(PM_POINT_FORK_PREPARE);
+}
+
+static void parent(void)
+{
+    pm_point(PM_POINT_FORK_PARENT);
+    for (struct pm_mm *mm = pm_registry_list(); mm; mm = mm->next)
+        parent_mm(mm);
+    pm_registry_unlock();
+}
+
+static void child(void)
+{
+    for (struct pm_mm *mm = pm_registry_list(); mm; mm = mm->next)
+        child_mm(mm);
+    pm_registry_reset();
+    pm_registry_unlock();
+}
+
+int pm_fork_install(void)
+{
+    return -pthread_atfork(prepare, parent, child);
+}

@@ -1,0 +1,321 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * monitor.c - the thread that reads the watch descriptor and fences before it lets the world go on.
+ *
+ * The system call behind an event is released when its message is read. So the monitor takes the device lock and waits for
+ * device writes in flight first, then reads, then fences, then unlocks: no device access slips in between. It never
+ * allocates, prints, or takes a lock but the device lock, since the thread that it serves may hold any other.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <time.h>
+
+#include "internal.h"
+
+enum { MESSAGES = 32, LINGER_MIN_NS = 100 * 1000, LINGER_MAX_NS = 10 * 1000 * 1000, LINGER_STEP_MS = 1 };
+static const uint64_t drain_limit_ns = 100ULL * 1000 * 1000;
+
+static void set_state(struct pm_mm *mm, uint32_t state)
+{
+    if (mm->status)
+        mm->status->monitor_state = state;
+}
+
+static void push(struct pm_mm *mm, uint64_t start, uint64_t end, int type, int guarantee, uint64_t seq,
+                 uint64_t moved_to)
+{
+    struct pm_event event = {
+        .start = start,
+        .end = end,
+        .seq = seq,
+        .new_start = moved_to,
+        .when_ns = pm_now_ns(),
+        .type = (uint32_t)type,
+        .guarantee = (uint32_t)guarantee,
+        .flags = moved_to ? PM_EV_REMAP : 0,
+    };
+
+    mm->stats.events[type]++;
+    pm_queue_push(mm, &event);
+}
+
+/* What the message tells has happened: begin and end at once. */
+static void invalidate_now(struct pm_mm *mm, uint64_t start, uint64_t end, int type, uint64_t moved_to)
+{
+    struct pm_inv inv = {0};
+    uint64_t seq;
+
+    if (pm_inv_covered(mm, start, pm_last(end))) {
+        mm->stats.swallowed++;
+        return;
+    }
+    seq = pm_inv_open(mm, &inv, start, pm_last(end), type, PM_AFTER);
+    pm_inv_close(mm, &inv);
+    push(mm, start, end, type, PM_AFTER, seq, moved_to);
+}
+
+static struct pm_inv *linger_slot(struct pm_mm *mm)
+{
+    for (int i = 0; i < PM_LINGER_MAX; i++) {
+        if (!mm->linger[i].used)
+            return &mm->linger[i];
+    }
+    return NULL;
+}
+
+/* No slot is free: stretch the youngest over this interval too, and fence again. */
+static uint64_t linger_stretch(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t now)
+{
+    struct pm_inv *inv = &mm->linger[PM_LINGER_MAX - 1];
+    struct pm_inv again = {0};
+    uint64_t first = pm_min(inv->start, start), last = pm_max(inv->last, pm_last(end));
+    uint64_t seq = pm_inv_open(mm, &again, first, last, PM_CLEAR, PM_BEFORE);
+
+    pm_inv_close(mm, &again);
+    inv->start = first;
+    inv->last = last;
+    inv->earliest_ns = now + LINGER_MIN_NS;
+    inv->until_ns = now + LINGER_MAX_NS;
+    return seq;
+}
+
+/*
+ * A REMOVE is told before the pages go, and nothing tells when they have gone: its interval stays invalidating until the
+ * pagemap shows them gone, for a bounded time.
+ */
+static void invalidate_lingering(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_inv *inv;
+    uint64_t seq, now;
+
+    if (pm_inv_covered(mm, start, pm_last(end))) {
+        mm->stats.swallowed++;
+        return;
+    }
+    now = pm_now_ns();
+    inv = linger_slot(mm);
+    if (inv) {
+        memset(inv, 0, sizeof(*inv));
+        inv->used = inv->linger = true;
+        inv->earliest_ns = now + LINGER_MIN_NS;
+        inv->until_ns = now + LINGER_MAX_NS;
+        seq = pm_inv_open(mm, inv, start, pm_last(end), PM_CLEAR, PM_BEFORE);
+    } else {
+        seq = linger_stretch(mm, start, end, now);
+    }
+    push(mm, start, end, PM_CLEAR, PM_BEFORE, seq, 0);
+}
+
+static void handle_fork(struct pm_mm *mm, int child_uffd)
+{
+    /* Kept open, it would keep the registrations of the child alive. */
+    pm_sys_close(child_uffd);
+    if (mm->fork_tid) {
+        mm->stats.swallowed++;
+        return;
+    }
+    mm->protect_after_fork = true;
+    invalidate_now(mm, 0, 0, PM_PROTECTION_PAGE, 0);
+}
+
+static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
+{
+    switch (msg->event) {
+    case UFFD_EVENT_UNMAP:
+        pm_watch_forget(mm, msg->arg.remove.start, msg->arg.remove.end);
+        invalidate_now(mm, msg->arg.remove.start, msg->arg.remove.end, PM_UNMAP, 0);
+        break;
+    case UFFD_EVENT_REMOVE:
+        invalidate_lingering(mm, msg->arg.remove.start, msg->arg.remove.end);
+        break;
+    case UFFD_EVENT_REMAP:
+        pm_watch_moved(mm, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
+        invalidate_now(mm, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, PM_UNMAP, msg->arg.remap.to);
+        break;
+    case UFFD_EVENT_FORK:
+        handle_fork(mm, (int)msg->arg.fork.ufd);
+        break;
+    default:
+        break;
+    }
+}
+
+/*
+ * Reading a fork message makes a descriptor; with the table of descriptors full that fails, and the forking thread
+ * would hang. The spare one makes room.
+ */
+static void give_spare(struct pm_mm *mm)
+{
+    if (mm->spare_fd < 0)
+        return;
+    pm_sys_close(mm->spare_fd);
+    mm->spare_fd = -1;
+}
+
+static void read_messages(struct pm_mm *mm)
+{
+    struct uffd_msg msgs[MESSAGES];
+    ssize_t n;
+
+    pm_point(PM_POINT_MONITOR_BEFORE_READ);
+    n = pm_sys_read(mm->uffd, msgs, sizeof(msgs));
+    pm_point(PM_POINT_MONITOR_AFTER_READ);
+    if (n == -EMFILE || n == -ENFILE)
+        give_spare(mm);
+    if (n <= 0)
+        return;
+    pm_point(PM_POINT_MONITOR_BEFORE_FENCE);
+    for (ssize_t i = 0; i < n / (ssize_t)sizeof(msgs[0]); i++)
+        handle(mm, &msgs[i]);
+    pm_point(PM_POINT_MONITOR_AFTER_FENCE);
+}
+
+static void take_events(struct pm_mm *mm)
+{
+    bool protect;
+
+    pm_point(PM_POINT_MONITOR_POLLED);
+    set_state(mm, 2);
+    pm_lock(mm);
+    set_state(mm, 4);
+    pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
+    set_state(mm, 3);
+    atomic_store(&mm->reading, true);
+    read_messages(mm);
+    atomic_store(&mm->reading, false);
+    protect = mm->protect_after_fork;
+    mm->protect_after_fork = false;
+    pm_status_update(mm);
+    set_state(mm, 1);
+    pm_unlock(mm);
+    if (protect)
+        pm_watch_after_fork(mm);
+}
+
+/* Is every page of a lingering REMOVE gone? Looks at the pagemap with no lock held. */
+static bool pages_gone(struct pm_mm *mm, uint64_t start, uint64_t last)
+{
+    uint64_t seen[512];
+
+    for (uint64_t addr = start; addr < last; addr += sizeof(seen) / sizeof(seen[0]) * PM_PAGE_SIZE) {
+        uint64_t n = pm_min(512, (last + 1 - addr) >> PM_PAGE_SHIFT);
+
+        if (pm_pagemap_read(mm, addr, n, seen))
+            return false;
+        for (uint64_t i = 0; i < n; i++) {
+            if (seen[i] >> 63)
+                return false;
+        }
+    }
+    return true;
+}
+
+static bool linger_over(struct pm_mm *mm, const struct pm_inv *inv, uint64_t now)
+{
+    if (now >= inv->until_ns)
+        return true;
+    return now >= inv->earliest_ns && pages_gone(mm, inv->start, inv->last);
+}
+
+static void end_lingering(struct pm_mm *mm)
+{
+    for (int i = 0; i < PM_LINGER_MAX; i++) {
+        struct pm_inv *inv = &mm->linger[i];
+
+        /* Only this thread opens, stretches and ends these. */
+        if (!inv->used || !linger_over(mm, inv, pm_now_ns()))
+            continue;
+        pm_point(PM_POINT_REMOVE_LINGER);
+        pm_lock(mm);
+        pm_inv_close(mm, inv);
+        inv->used = false;
+        pm_status_update(mm);
+        pm_unlock(mm);
+    }
+}
+
+static bool any_lingering(const struct pm_mm *mm)
+{
+    for (int i = 0; i < PM_LINGER_MAX; i++) {
+        if (mm->linger[i].used)
+            return true;
+    }
+    return false;
+}
+
+static bool stopping(struct pm_mm *mm)
+{
+    bool stop;
+
+    pm_lock(mm);
+    stop = mm->stop_monitor;
+    pm_unlock(mm);
+    return stop;
+}
+
+static void announce_start(struct pm_mm *mm)
+{
+    if (mm->status)
+        mm->status->monitor_tid = (uint32_t)pm_gettid();
+    pm_lock(mm);
+    mm->monitor_running = true;
+    pthread_cond_broadcast(&mm->idle);
+    pm_unlock(mm);
+}
+
+static void *monitor_main(void *arg)
+{
+    struct pm_mm *mm = arg;
+    struct pollfd fds[2] = {{.fd = mm->uffd, .events = POLLIN}, {.fd = mm->wake_fd, .events = POLLIN}};
+
+    announce_start(mm);
+    while (!stopping(mm)) {
+        int n;
+
+        if (mm->status)
+            mm->status->monitor_loop_ns = pm_now_ns();
+        set_state(mm, 1);
+        n = pm_sys_poll(fds, 2, any_lingering(mm) ? LINGER_STEP_MS : 1000);
+        if (n < 0)
+            nanosleep(&(struct timespec){.tv_nsec = 1000 * 1000}, NULL);
+        if (n > 0 && (fds[0].revents & POLLIN))
+            take_events(mm);
+        end_lingering(mm);
+        if (mm->spare_fd < 0)
+            mm->spare_fd = pm_sys_eventfd();
+    }
+    set_state(mm, 0);
+    return NULL;
+}
+
+/*
+ * Returns when the thread runs: libc may allocate while it starts one, and must not when the first event comes, which
+ * may be a fork that holds malloc's locks.
+ */
+int pm_monitor_start(struct pm_mm *mm)
+{
+    int err = pm_sys_thread(&mm->monitor, monitor_main, mm);
+
+    if (err)
+        return err;
+    pm_lock(mm);
+    while (!mm->monitor_running)
+        pm_wait(mm, &mm->idle, UINT64_MAX);
+    pm_unlock(mm);
+    return 0;
+}
+
+void pm_monitor_stop(struct pm_mm *mm)
+{
+    uint64_t one = 1;
+
+    if (!mm->monitor_running)
+        return;
+    pm_lock(mm);
+    mm->stop_monitor = true;
+    pm_unlock(mm);
+    pm_sys_write(mm->wake_fd, &one, sizeof(one));
+    pthread_join(mm->monitor, NULL);
+    mm->monitor_running = false;
+}

@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * status.c - the status page: what is waiting for what, readable from outside while this process hangs.
+ *
+ * A sealed-off memfd: `pymirror inspect` finds it by its name among the descriptors of the process. Plain stores, for a
+ * reader that can live with a torn value.
+ */
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "table.h"
+
+_Static_assert(sizeof(struct pm_status) <= PM_PAGE_SIZE, "the status is one page");
+
+int pm_status_open(struct pm_mm *mm)
+{
+    uint64_t at;
+    int fd = pm_sys_memfd("pymirror-status");
+    int err;
+
+    if (fd < 0)
+        return fd;
+    err = pm_sys_ftruncate(fd, PM_PAGE_SIZE);
+    if (!err)
+        err = pm_sys_mmap(0, PM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0, &at);
+    if (err) {
+        pm_sys_close(fd);
+        return err;
+    }
+    /* A child must not write what its parent's reader sees. */
+    pm_sys_madvise(at, PM_PAGE_SIZE, MADV_DONTFORK);
+    mm->status_fd = fd;
+    mm->status = (struct pm_status *)(uintptr_t)at;
+    mm->status->layout = 1;
+    mm->status->pid = (uint32_t)getpid();
+    mm->status->opened_ns = pm_now_ns();
+    mm->status->state = 1;
+    strncpy(mm->status->version, pm_version(), sizeof(mm->status->version) - 1);
+    mm->status->magic = PM_STATUS_MAGIC;
+    return 0;
+}
+
+void pm_status_close(struct pm_mm *mm)
+{
+    struct pm_status *status = mm->status;
+
+    if (!status)
+        return;
+    mm->status = NULL;
+    status->state = 3;
+    pm_sys_munmap((uint64_t)(uintptr_t)status, PM_PAGE_SIZE);
+    pm_sys_close(mm->status_fd);
+    mm->status_fd = -1;
+}
+
+void pm_status_lock(struct pm_mm *mm, bool held)
+{
+    struct pm_status *status = mm->status;
+
+    if (!status)
+        return;
+    status->lock_since_ns = held ? pm_now_ns() : 0;
+    status->lock_tid = held ? (uint32_t)pm_gettid() : 0;
+}
+
+static void write_active(struct pm_mm *mm, struct pm_status *status)
+{
+    size_t n = sizeof(status->inv) / sizeof(status->inv[0]), i = 0;
+
+    for (struct pm_inv *inv = mm->invs; inv && i < n; inv = inv->next, i++) {
+        status->inv[i] = (struct pm_status_inv){
+            .start = inv->start,
+            .end = inv->last + 1,
+            .since_ns = inv->since_ns,
+            .event = (uint32_t)inv->event,
+            .guarantee = (uint32_t)inv->guarantee,
+        };
+    }
+    if (i < n)
+        memset(&status->inv[i], 0, (n - i) * sizeof(status->inv[0]));
+}
+
+static uint64_t oldest_access(const struct pm_mm *mm)
+{
+    uint64_t oldest = 0;
+
+    for (const struct pm_inflight *access = mm->inflight; access; access = access->next) {
+        if (!oldest || access->since_ns < oldest)
+            oldest = access->since_ns;
+    }
+    return oldest;
+}
+
+static uint64_t table_entries(const struct pm_mm *mm)
+{
+    uint64_t n = 0;
+
+    for (const struct pm_table *table = mm->tables; table; table = table->next)
+        n += table->entries;
+    return n;
+}
+
+void pm_status_update(struct pm_mm *mm)
+{
+    struct pm_status *status = mm->status;
+
+    if (!status)
+        return;
+    status->seq = atomic_load(&mm->seq);
+    status->active = atomic_load(&mm->active);
+    status->queue_depth = mm->stats.queue_depth;
+    status->oldest_event_ns = mm->stats.oldest_event_ns;
+    status->callback_since_ns = mm->delivering ? mm->current.when_ns : 0;
+    status->queue_overflows = mm->stats.queue_overflows;
+    status->subs = mm->nsubs;
+    status->watched_bytes = mm->watched_bytes;
+    status->table_entries = table_entries(mm);
+    status->inflight = mm->stats.inflight;
+    status->inflight_since_ns = oldest_access(mm);
+    memcpy(status->events, mm->stats.events, sizeof(status->events));
+    write_active(mm, status);
+}
+
+int pm_mm_status_fd(const pm_mm *mm)
+{
+    return mm->status_fd >= 0 ? mm->status_fd : -ENOENT;
+}

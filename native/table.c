@@ -1,0 +1,470 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * table.c - the device page table: programmed by a driver, fenced by invalidations, cleared by the driver's callback.
+ */
+#include "table.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static unsigned slot_of(uint64_t addr, int level)
+{
+    return (addr >> (PM_PAGE_SHIFT + level * PM_LEVEL_BITS)) & (PM_FANOUT - 1);
+}
+
+static uint64_t span_of(int level)
+{
+    return 1ULL << (PM_PAGE_SHIFT + level * PM_LEVEL_BITS);
+}
+
+struct pm_leaf *pm_table_leaf(struct pm_table *table, uint64_t addr)
+{
+    _Atomic(void *) *node = table->top;
+
+    if (addr >= PM_USER_END)
+        return NULL;
+    for (int level = PM_TOP_LEVEL; level > 0; level--) {
+        void *below = atomic_load_explicit(&node[slot_of(addr, level)], memory_order_acquire);
+
+        if (!below || level == 1)
+            return below;
+        node = below;
+    }
+    return NULL;
+}
+
+struct pm_leaf *pm_table_next_leaf(struct pm_table *table, uint64_t *addr, uint64_t last)
+{
+    while (*addr <= last && *addr < PM_USER_END) {
+        _Atomic(void *) *node = table->top;
+        int level = PM_TOP_LEVEL;
+
+        for (;; level--) {
+            void *below = atomic_load_explicit(&node[slot_of(*addr, level)], memory_order_acquire);
+
+            if (below && level == 1)
+                return below;
+            if (!below)
+                break;
+            node = below;
+        }
+        *addr = (*addr & ~(span_of(level) - 1)) + span_of(level);
+    }
+    return NULL;
+}
+
+int pm_table_create(pm_table **ret)
+{
+    struct pm_table *table = pm_sys_calloc(1, sizeof(*table));
+
+    if (!table)
+        return -ENOMEM;
+    atomic_init(&table->refs, 1);
+    table->owner = pm_process();
+    pthread_mutex_init(&table->grow, NULL);
+    *ret = table;
+    return 0;
+}
+
+static void free_below(_Atomic(void *) *node, int level)
+{
+    for (unsigned i = 0; i < PM_FANOUT; i++) {
+        void *below = atomic_load(&node[i]);
+
+        if (below && level > 1)
+            free_below(below, level - 1);
+        free(below);
+        atomic_store(&node[i], NULL);
+    }
+}
+
+static void unlink_table(struct pm_table *table)
+{
+    struct pm_mm *mm = table->mm;
+    struct pm_table **link = &mm->tables;
+
+    if (!table->linked)
+        return;
+    while (*link != table)
+        link = &(*link)->next;
+    *link = table->next;
+    table->linked = false;
+    atomic_fetch_sub(&mm->ntables, 1);
+}
+
+/* With `grow` held: forget all entries and the mm they were of. */
+static void unbind(struct pm_table *table)
+{
+    struct pm_mm *mm = table->mm;
+
+    if (!mm)
+        return;
+    pm_lock(mm);
+    unlink_table(table);
+    pm_unlock(mm);
+    free_below(table->top, PM_TOP_LEVEL);
+    table->entries = table->fenced = table->leaves = table->nodes = 0;
+    table->mm = NULL;
+    pm_mm_put(mm);
+}
+
+void pm_table_put(pm_table *table)
+{
+    if (pm_table_inherited(table) || atomic_fetch_sub(&table->refs, 1) != 1)
+        return;
+    pthread_mutex_lock(&table->grow);
+    unbind(table);
+    pthread_mutex_unlock(&table->grow);
+    pthread_mutex_destroy(&table->grow);
+    free(table);
+}
+
+struct pm_mm *pm_table_mm(struct pm_table *table)
+{
+    struct pm_mm *mm;
+
+    if (table->owner != pm_process())
+        return NULL;
+    pthread_mutex_lock(&table->grow);
+    mm = table->mm;
+    if (mm)
+        pm_mm_get(mm);
+    pthread_mutex_unlock(&table->grow);
+    return mm;
+}
+
+static int bind(struct pm_table *table, struct pm_mm *mm)
+{
+    if (table->mm == mm)
+        return 0;
+    if (table->mm && pm_mm_check(table->mm) == 0 && table->entries != 0)
+        return -EXDEV;
+    unbind(table);
+    pm_mm_get(mm);
+    table->owner = mm->owner;
+    table->mm = mm;
+    pm_lock(mm);
+    table->next = mm->tables;
+    mm->tables = table;
+    table->linked = true;
+    atomic_fetch_add(&mm->ntables, 1);
+    pm_unlock(mm);
+    return 0;
+}
+
+static int grow_to(struct pm_table *table, uint64_t addr)
+{
+    _Atomic(void *) *node = table->top;
+
+    for (int level = PM_TOP_LEVEL; level > 0; level--) {
+        _Atomic(void *) *link = &node[slot_of(addr, level)];
+        void *below = atomic_load_explicit(link, memory_order_acquire);
+
+        if (!below) {
+            below = pm_sys_calloc(1, level == 1 ? sizeof(struct pm_leaf) : PM_FANOUT * sizeof(void *));
+            if (!below)
+                return -ENOMEM;
+            atomic_store_explicit(link, below, memory_order_release);
+            if (level > 1)
+                table->nodes++;
+        }
+        node = below;
+    }
+    return 0;
+}
+
+static bool any_valid(const uint64_t *pfns, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        if (pfns[i] & PM_PFN_VALID)
+            return true;
+    }
+    return false;
+}
+
+/* Pages of the leaf of addr that lie in [addr, addr + n pages). */
+static uint64_t pages_in_leaf(uint64_t addr, uint64_t n)
+{
+    return pm_min(n, PM_FANOUT - pm_leaf_slot(addr));
+}
+
+static int grow_range(struct pm_table *table, uint64_t start, uint64_t n, const uint64_t *pfns)
+{
+    uint64_t step;
+
+    for (uint64_t i = 0; i < n; i += step) {
+        uint64_t addr = start + (i << PM_PAGE_SHIFT);
+
+        step = pages_in_leaf(addr, n - i);
+        if (!any_valid(pfns + i, step))
+            continue;
+        int err = grow_to(table, addr);
+
+        if (err)
+            return err;
+    }
+    return 0;
+}
+
+/* A leaf that the growing saw may be gone again: a clear freed it. */
+static bool leaves_stand(struct pm_table *table, uint64_t start, uint64_t n, const uint64_t *pfns)
+{
+    uint64_t step;
+
+    for (uint64_t i = 0; i < n; i += step) {
+        uint64_t addr = start + (i << PM_PAGE_SHIFT);
+
+        step = pages_in_leaf(addr, n - i);
+        if (!pm_table_leaf(table, addr) && any_valid(pfns + i, step))
+            return false;
+    }
+    return true;
+}
+
+static void program_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned slot, uint64_t n, const uint64_t *pfns)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t *entry = &leaf->entry[slot + i];
+
+        if (!(pfns[i] & PM_PFN_VALID))
+            continue;
+        if (*entry == 0) {
+            leaf->used++;
+            table->entries++;
+        } else if (*entry & PM_ENTRY_FENCED) {
+            leaf->fenced--;
+            table->fenced--;
+        }
+        *entry = pfns[i] & ~PM_ENTRY_FENCED;
+    }
+}
+
+static void program(struct pm_table *table, uint64_t start, uint64_t n, const uint64_t *pfns)
+{
+    uint64_t step;
+
+    for (uint64_t i = 0; i < n; i += step) {
+        uint64_t addr = start + (i << PM_PAGE_SHIFT);
+        struct pm_leaf *leaf = pm_table_leaf(table, addr);
+
+        step = pages_in_leaf(addr, n - i);
+        if (leaf)
+            program_leaf(table, leaf, pm_leaf_slot(addr), step, pfns + i);
+    }
+}
+
+int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uint64_t n, const uint64_t *pfns)
+{
+    struct pm_mm *mm = sub->mm;
+    bool stand = false;
+    int err = pm_mm_check(mm);
+
+    if (err)
+        return err;
+    if (table->owner && table->owner != mm->owner)
+        return -ESRCH;
+    if (n == 0 || n > PM_USER_END >> PM_PAGE_SHIFT || start % PM_PAGE_SIZE || start >= PM_USER_END ||
+        PM_USER_END - start < n << PM_PAGE_SHIFT)
+        return -EINVAL;
+    if (start < sub->node.start || start + (n << PM_PAGE_SHIFT) - 1 > sub->node.last)
+        return -EINVAL;
+    pthread_mutex_lock(&table->grow);
+    err = bind(table, mm);
+    while (!err && !stand) {
+        err = grow_range(table, start, n, pfns);
+        if (err)
+            break;
+        pm_point(PM_POINT_MAP_BEFORE_COMMIT);
+        pm_lock(mm);
+        if (pm_sub_stale(sub, seq)) {
+            err = -EBUSY;
+        } else {
+            stand = leaves_stand(table, start, n, pfns);
+            if (stand)
+                program(table, start, n, pfns);
+        }
+        pm_status_update(mm);
+        pm_unlock(mm);
+    }
+    pthread_mutex_unlock(&table->grow);
+    pm_point(PM_POINT_MAP_AFTER_COMMIT);
+    return err;
+}
+
+static void fence_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last, uint64_t seq)
+{
+    for (unsigned i = first; i <= last; i++) {
+        if (!(leaf->entry[i] & PM_ENTRY_VALID))
+            continue;
+        leaf->entry[i] = PM_ENTRY_FENCED | (leaf->entry[i] & PM_ENTRY_WRITE) | (seq & PM_ENTRY_SEQ_MASK);
+        leaf->fenced++;
+        table->fenced++;
+    }
+}
+
+/* The slots of the leaf at addr that lie in [addr, last]; gives the last of them. */
+static unsigned last_slot(uint64_t addr, uint64_t last)
+{
+    return pm_leaf_slot(pm_min(last, pm_leaf_first(addr) + PM_HUGE_SIZE - 1));
+}
+
+void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq)
+{
+    for (struct pm_table *table = mm->tables; table; table = table->next) {
+        uint64_t addr = start;
+        struct pm_leaf *leaf;
+
+        while ((leaf = pm_table_next_leaf(table, &addr, last))) {
+            fence_leaf(table, leaf, pm_leaf_slot(addr), last_slot(addr, last), seq);
+            addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
+        }
+    }
+}
+
+static int64_t clear_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last)
+{
+    int64_t n = 0;
+
+    for (unsigned i = first; i <= last; i++) {
+        if (leaf->entry[i] == 0)
+            continue;
+        if (leaf->entry[i] & PM_ENTRY_FENCED) {
+            leaf->fenced--;
+            table->fenced--;
+        }
+        leaf->entry[i] = 0;
+        leaf->used--;
+        n++;
+    }
+    table->entries -= (uint64_t)n;
+    return n;
+}
+
+/* Take an empty leaf out of its parent; the caller frees it after the lock. */
+static void unlink_leaf(struct pm_table *table, uint64_t addr)
+{
+    _Atomic(void *) *node = table->top;
+
+    for (int level = PM_TOP_LEVEL; level > 1; level--)
+        node = atomic_load(&node[slot_of(addr, level)]);
+    atomic_store(&node[slot_of(addr, 1)], NULL);
+}
+
+int64_t pm_table_clear(pm_table *table, uint64_t start, uint64_t end)
+{
+    struct pm_mm *mm = pm_table_mm(table);
+    uint64_t addr = start, last = pm_last(end);
+    struct pm_leaf *leaf, *empty = NULL;
+    int64_t n = 0;
+
+    if (!mm)
+        return 0;
+    if (!pm_mm_owned(mm))
+        return -ESRCH;
+    pm_lock(mm);
+    while ((leaf = pm_table_next_leaf(table, &addr, last))) {
+        n += clear_leaf(table, leaf, pm_leaf_slot(addr), last_slot(addr, last));
+        if (leaf->used == 0) {
+            unlink_leaf(table, addr);
+            leaf->entry[0] = (uint64_t)(uintptr_t)empty;
+            empty = leaf;
+        }
+        addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
+    }
+    pm_status_update(mm);
+    pm_unlock(mm);
+    while ((leaf = empty)) {
+        empty = (struct pm_leaf *)(uintptr_t)leaf->entry[0];
+        free(leaf);
+    }
+    pm_mm_put(mm);
+    return n;
+}
+
+int pm_table_read(pm_table *table, uint64_t start, uint64_t n, uint64_t *ret)
+{
+    struct pm_mm *mm;
+    uint64_t step;
+
+    if (start % PM_PAGE_SIZE || n > PM_USER_END >> PM_PAGE_SHIFT)
+        return -EINVAL;
+    memset(ret, 0, n * sizeof(*ret));
+    mm = pm_table_mm(table);
+    if (!mm)
+        return 0;
+    if (!pm_mm_owned(mm))
+        return -ESRCH;
+    pm_lock(mm);
+    for (uint64_t i = 0; i < n; i += step) {
+        uint64_t addr = start + (i << PM_PAGE_SHIFT);
+        struct pm_leaf *leaf = pm_table_leaf(table, addr);
+
+        step = pages_in_leaf(addr, n - i);
+        if (leaf)
+            memcpy(ret + i, &leaf->entry[pm_leaf_slot(addr)], step * sizeof(*ret));
+    }
+    pm_unlock(mm);
+    pm_mm_put(mm);
+    return 0;
+}
+
+static int next_in_leaf(const struct pm_leaf *leaf, uint64_t addr, uint64_t last, uint64_t *ret)
+{
+    for (unsigned i = pm_leaf_slot(addr), end = last_slot(addr, last); i <= end; i++) {
+        if (leaf->entry[i] == 0)
+            continue;
+        *ret = pm_leaf_first(addr) + ((uint64_t)i << PM_PAGE_SHIFT);
+        return 0;
+    }
+    return -ENOENT;
+}
+
+int pm_table_next(pm_table *table, uint64_t start, uint64_t end, uint64_t *ret)
+{
+    struct pm_mm *mm = pm_table_mm(table);
+    uint64_t addr = start, last = pm_last(end);
+    struct pm_leaf *leaf;
+    int err = -ENOENT;
+
+    if (!mm)
+        return -ENOENT;
+    if (!pm_mm_owned(mm))
+        return -ESRCH;
+    pm_lock(mm);
+    while (err && (leaf = pm_table_next_leaf(table, &addr, last))) {
+        err = next_in_leaf(leaf, addr, last, ret);
+        addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
+    }
+    pm_unlock(mm);
+    pm_mm_put(mm);
+    return err;
+}
+
+static uint64_t count_leaves(struct pm_table *table)
+{
+    uint64_t n = 0;
+
+    for (uint64_t addr = 0; pm_table_next_leaf(table, &addr, UINT64_MAX); addr = pm_leaf_first(addr) + PM_HUGE_SIZE)
+        n++;
+    return n;
+}
+
+int pm_table_stats(pm_table *table, struct pm_table_stats *ret)
+{
+    struct pm_mm *mm = pm_table_mm(table);
+
+    memset(ret, 0, sizeof(*ret));
+    ret->bytes = sizeof(*table);
+    if (!mm)
+        return 0;
+    if (!pm_mm_owned(mm))
+        return -ESRCH;
+    pm_lock(mm);
+    ret->entries = table->entries;
+    ret->fenced = table->fenced;
+    ret->bytes += count_leaves(table) * sizeof(struct pm_leaf) + table->nodes * PM_FANOUT * sizeof(void *);
+    pm_unlock(mm);
+    pm_mm_put(mm);
+    return 0;
+}

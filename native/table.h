@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * table.h - the device page table as its users inside the shim see it.
+ *
+ * A radix tree of the CPU's own shape (9 bits a level, 8 bytes an entry). Upper nodes live as long as the table, leaves
+ * as long as they hold an entry. Growing is ordered by `grow`; everything else by the device lock of the mm that
+ * the table is bound to.
+ */
+#ifndef PM_TABLE_H
+#define PM_TABLE_H
+
+#include "internal.h"
+
+enum { PM_LEVEL_BITS = 9, PM_FANOUT = 1 << PM_LEVEL_BITS, PM_TOP_LEVEL = 3 };
+
+#define PM_USER_END (1ULL << 47)
+
+struct pm_leaf {
+    uint32_t used;
+    uint32_t fenced;
+    uint64_t entry[PM_FANOUT];
+};
+
+struct pm_table {
+    struct pm_table *next; /* of mm->tables */
+    atomic_int refs;
+    atomic_uint_least64_t owner; /* pm_process() when it was bound */
+    pthread_mutex_t grow;
+    struct pm_mm *mm; /* under `grow` */
+    bool linked;      /* in mm->tables; under the device lock */
+    _Atomic(void *) top[PM_FANOUT];
+    uint64_t entries, fenced, leaves, nodes;
+};
+
+static inline uint64_t pm_leaf_first(uint64_t addr)
+{
+    return addr & ~(PM_HUGE_SIZE - 1);
+}
+
+static inline unsigned pm_leaf_slot(uint64_t addr)
+{
+    return (addr >> PM_PAGE_SHIFT) & (PM_FANOUT - 1);
+}
+
+/* Made by the process that this one was forked from: its mm and its lock may be gone. */
+static inline bool pm_table_inherited(const struct pm_table *table)
+{
+    uint64_t owner = atomic_load(&table->owner);
+
+    return owner && owner != pm_process();
+}
+
+struct pm_leaf *pm_table_leaf(struct pm_table *table, uint64_t addr);
+/* The first leaf at or after *addr and before `last`; moves *addr to the first address of it inside. */
+struct pm_leaf *pm_table_next_leaf(struct pm_table *table, uint64_t *addr, uint64_t last);
+/* The mm that the table is bound to, referenced, or NULL; NULL too in a forked child, where `grow` may be held for ever. */
+struct pm_mm *pm_table_mm(struct pm_table *table);
+/* With the device lock held: does `entry` still stand at addr? */
+bool pm_table_has(struct pm_table *table, uint64_t addr, uint64_t entry);
+/* Is the page behind a usable entry another than the pagemap shows? */
+bool pm_entry_changed(uint64_t entry, uint64_t pagemap);
+
+#endif

@@ -1,0 +1,481 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * watch.c - which vmas the watch descriptor reports on, and the write bits it keeps after a fork.
+ *
+ * Memory is registered in write-protect mode without protecting anything: that costs a touch nothing and
+ * brings the events of munmap, mremap, madvise and fork. The list of what is registered is changed by the monitor
+ * too, which cannot allocate: it always has room to spare.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+enum { LIST_SLACK = 64, AGAIN_LIMIT = 10000, CROWD = 1024 };
+
+static uint64_t wanted_features(const struct pm_mm *mm)
+{
+    uint64_t want = PM_ABI_UFFD_FEATURE_PAGEFAULT_FLAG_WP | PM_ABI_UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+
+    want &= mm->features.uffd_features;
+    if (pm_have(mm, PM_FEAT_UFFD_WP_ASYNC))
+        want |= PM_ABI_UFFD_FEATURE_WP_ASYNC;
+    if (pm_have(mm, PM_FEAT_UFFD_WP_UNPOPULATED))
+        want |= PM_ABI_UFFD_FEATURE_WP_UNPOPULATED;
+    if (pm_have(mm, PM_FEAT_UFFD_EVENTS))
+        want |= PM_ABI_UFFD_FEATURE_EVENT_REMOVE | PM_ABI_UFFD_FEATURE_EVENT_UNMAP | PM_ABI_UFFD_FEATURE_EVENT_REMAP;
+    if (pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
+        want |= PM_ABI_UFFD_FEATURE_EVENT_FORK;
+    return want;
+}
+
+/* Under the device lock too, since a fork looks at it. */
+static void set_uffd(struct pm_mm *mm, int fd)
+{
+    pm_lock(mm);
+    mm->uffd = fd;
+    pm_unlock(mm);
+}
+
+/* With watch_lock held. */
+int pm_watch_open(struct pm_mm *mm)
+{
+    uint32_t source;
+    int fd, err;
+
+    if (mm->uffd >= 0)
+        return 0;
+    fd = pm_uffd_open(mm->disable, &source);
+    if (fd < 0)
+        return fd;
+    err = pm_uffd_api(fd, wanted_features(mm));
+    if (!err) {
+        set_uffd(mm, fd);
+        err = pm_monitor_start(mm);
+    }
+    if (err) {
+        set_uffd(mm, -1);
+        pm_sys_close(fd);
+    }
+    return err;
+}
+
+static int reserve(struct pm_mm *mm)
+{
+    uint32_t cap = mm->watched_cap * 2 + 2 * LIST_SLACK;
+    struct pm_watch_range *grown, *old = mm->watched;
+    bool room;
+
+    pm_lock(mm);
+    room = mm->nwatched + LIST_SLACK <= mm->watched_cap;
+    pm_unlock(mm);
+    if (room)
+        return 0;
+    grown = pm_sys_calloc(cap, sizeof(*grown));
+    if (!grown)
+        return -ENOMEM;
+    pm_lock(mm);
+    if (old)
+        memcpy(grown, old, mm->nwatched * sizeof(*grown));
+    mm->watched = grown;
+    mm->watched_cap = cap;
+    pm_unlock(mm);
+    free(old);
+    return 0;
+}
+
+/* The first range that ends beyond addr. */
+static uint32_t range_at(const struct pm_mm *mm, uint64_t addr)
+{
+    uint32_t low = 0, high = mm->nwatched;
+
+    while (low < high) {
+        uint32_t mid = low + (high - low) / 2;
+
+        if (mm->watched[mid].end > addr)
+            high = mid;
+        else
+            low = mid + 1;
+    }
+    return low;
+}
+
+static void count_watched(struct pm_mm *mm)
+{
+    mm->watched_bytes = 0;
+    for (uint32_t i = 0; i < mm->nwatched; i++)
+        mm->watched_bytes += mm->watched[i].end - mm->watched[i].start;
+    pm_status_update(mm);
+}
+
+static void drop_ranges(struct pm_mm *mm, uint32_t first, uint32_t n)
+{
+    memmove(&mm->watched[first], &mm->watched[first + n], (mm->nwatched - first - n) * sizeof(mm->watched[0]));
+    mm->nwatched -= n;
+}
+
+/*
+ * Take [start, end) out of the list. Without room to split a range its upper part is dropped too: it is
+ * then registered once more some day, which does no harm.
+ */
+static void forget(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    uint32_t i = range_at(mm, start), first;
+
+    if (i == mm->nwatched)
+        return;
+    if (mm->watched[i].start < start) {
+        struct pm_watch_range high = {end, mm->watched[i].end};
+
+        mm->watched[i].end = start;
+        i++;
+        if (high.end > end) {
+            if (mm->nwatched == mm->watched_cap)
+                return;
+            memmove(&mm->watched[i + 1], &mm->watched[i], (mm->nwatched - i) * sizeof(high));
+            mm->watched[i] = high;
+            mm->nwatched++;
+            return;
+        }
+    }
+    for (first = i; i < mm->nwatched && mm->watched[i].end <= end; i++)
+        continue;
+    if (i < mm->nwatched && mm->watched[i].start < end)
+        mm->watched[i].start = end;
+    drop_ranges(mm, first, i - first);
+}
+
+static void remember(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    uint32_t i, last;
+
+    i = last = range_at(mm, start ? start - 1 : 0);
+    while (last < mm->nwatched && mm->watched[last].start <= end) {
+        start = pm_min(start, mm->watched[last].start);
+        end = pm_max(end, mm->watched[last].end);
+        last++;
+    }
+    if (last > i) {
+        mm->watched[i] = (struct pm_watch_range){start, end};
+        drop_ranges(mm, i + 1, last - i - 1);
+        return;
+    }
+    if (mm->nwatched == mm->watched_cap)
+        return;
+    memmove(&mm->watched[i + 1], &mm->watched[i], (mm->nwatched - i) * sizeof(mm->watched[0]));
+    mm->watched[i] = (struct pm_watch_range){start, end};
+    mm->nwatched++;
+}
+
+void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    forget(mm, start, end);
+    count_watched(mm);
+}
+
+void pm_watch_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
+{
+    forget(mm, from, from + len);
+    remember(mm, to, to + len);
+    count_watched(mm);
+}
+
+static bool is_watched(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    bool covered;
+    uint32_t i;
+
+    pm_lock(mm);
+    i = range_at(mm, start);
+    covered = i < mm->nwatched && mm->watched[i].start <= start && mm->watched[i].end >= end;
+    pm_unlock(mm);
+    return covered;
+}
+
+/* Is there one huge page on both sides of addr? */
+static bool cuts_huge_page(struct pm_mm *mm, uint64_t addr)
+{
+    struct pm_abi_page_region found;
+    struct pm_abi_scan_arg scan = {
+        .size = sizeof(scan),
+        .start = addr,
+        .end = addr + PM_PAGE_SIZE,
+        .vec = (uint64_t)(uintptr_t)&found,
+        .vec_len = 1,
+        .category_mask = PM_ABI_PAGE_IS_HUGE,
+        .return_mask = PM_ABI_PAGE_IS_HUGE,
+    };
+
+    if (addr % PM_HUGE_SIZE == 0 || !pm_have(mm, PM_FEAT_PAGEMAP_SCAN))
+        return false;
+    return pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) > 0;
+}
+
+/* 0, or with many scattered ranges the size in which to register from now on: twice as large for every CROWD more. */
+static uint64_t crowded(struct pm_mm *mm)
+{
+    uint64_t crowds;
+
+    pm_lock(mm);
+    crowds = mm->nwatched / CROWD;
+    pm_unlock(mm);
+    return crowds ? PM_HUGE_SIZE << pm_min(crowds - 1, 20) : 0;
+}
+
+/*
+ * A registration splits vmas at its ends, and huge pages with them: widen it to take such a page in whole. No further, since
+ * the kernel merges vmas: what lies beyond may be the heap. But a process may have 65530 vmas only, and a million notifiers.
+ */
+static void widen(struct pm_mm *mm, const struct pm_vma *vma, uint64_t *start, uint64_t *end)
+{
+    uint64_t crowd = crowded(mm), page = pm_max(vma->page_size, pm_max(PM_HUGE_SIZE, crowd));
+    bool always = crowd || vma->page_size > PM_PAGE_SIZE;
+
+    if (always || cuts_huge_page(mm, *start))
+        *start = pm_max(vma->start, *start & ~(page - 1));
+    if (*end < vma->end && (always || cuts_huge_page(mm, *end)))
+        *end = pm_min(vma->end, (*end + page - 1) & ~(page - 1));
+}
+
+static int uffd_register(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct uffdio_register reg = {.range = {start, end - start}, .mode = UFFDIO_REGISTER_MODE_WP};
+
+    return pm_sys_ioctl(mm->uffd, UFFDIO_REGISTER, &reg);
+}
+
+/* Bytes of the interval that are watched now; a vma that refuses counts nothing. */
+static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
+{
+    uint64_t first = pm_max(start, vma->start), last = pm_min(end, vma->end);
+    int64_t bytes = (int64_t)(last - first);
+    int err;
+
+    if (is_watched(mm, first, last))
+        return bytes;
+    widen(mm, vma, &first, &last);
+    err = reserve(mm);
+    if (err)
+        return err;
+    err = uffd_register(mm, first, last);
+    if (err == -ENOMEM)
+        return err;
+    if (err)
+        return 0;
+    pm_lock(mm);
+    remember(mm, first, last);
+    count_watched(mm);
+    pm_unlock(mm);
+    return bytes;
+}
+
+static int64_t watch_interval(struct pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags)
+{
+    int64_t total = 0, n;
+    struct pm_vma vma;
+    uint64_t addr = start;
+
+    while (addr < end && pm_vma_query(mm, addr, &vma) == 0 && vma.start < end) {
+        addr = vma.end;
+        if (vma.flags & PM_VMA_SPECIAL)
+            continue;
+        if ((vma.flags & PM_VMA_FILE) && !(vma.flags & PM_VMA_HUGETLB) && !(flags & PM_WATCH_FILES))
+            continue;
+        n = watch_vma(mm, &vma, start, end);
+        if (n < 0)
+            return n;
+        total += n;
+    }
+    return total;
+}
+
+int64_t pm_watch(pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags)
+{
+    int64_t ret;
+
+    if (start % PM_PAGE_SIZE || end % PM_PAGE_SIZE || end <= start)
+        return -EINVAL;
+    if (!pm_have(mm, PM_FEAT_UFFD) || !pm_have(mm, PM_FEAT_UFFD_EVENTS))
+        return 0;
+    ret = pm_mm_enter(mm);
+    if (ret)
+        return ret;
+    pthread_mutex_lock(&mm->watch_lock);
+    ret = pm_watch_open(mm);
+    if (!ret)
+        ret = watch_interval(mm, start, end, flags);
+    pthread_mutex_unlock(&mm->watch_lock);
+    pm_mm_exit(mm);
+    return ret;
+}
+
+static void unregister(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_vma vma;
+    uint64_t addr = start;
+
+    while (addr < end && pm_vma_query(mm, addr, &vma) == 0 && vma.start < end) {
+        uint64_t first = pm_max(start, vma.start);
+        struct uffdio_range range = {first, pm_min(end, vma.end) - first};
+
+        pm_sys_ioctl(mm->uffd, UFFDIO_UNREGISTER, &range);
+        addr = vma.end;
+    }
+}
+
+int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end)
+{
+    int err;
+
+    if (start % PM_PAGE_SIZE || end % PM_PAGE_SIZE || end <= start)
+        return -EINVAL;
+    err = pm_mm_enter(mm);
+    if (err)
+        return err;
+    pthread_mutex_lock(&mm->watch_lock);
+    if (mm->uffd >= 0) {
+        pm_lock(mm);
+        pm_watch_forget(mm, start, end);
+        pm_unlock(mm);
+        unregister(mm, start, end);
+    }
+    pthread_mutex_unlock(&mm->watch_lock);
+    pm_mm_exit(mm);
+    return 0;
+}
+
+static bool next_watched(struct pm_mm *mm, uint64_t addr, struct pm_watch_range *ret)
+{
+    bool found;
+    uint32_t i;
+
+    pm_lock(mm);
+    i = range_at(mm, addr);
+    found = i < mm->nwatched;
+    if (found)
+        *ret = mm->watched[i];
+    pm_unlock(mm);
+    return found;
+}
+
+/* close(2) alone would not do: a child may hold the descriptor still. */
+void pm_unwatch_all(struct pm_mm *mm)
+{
+    struct pm_watch_range range = {0, 0};
+
+    if (mm->uffd < 0)
+        return;
+    while (next_watched(mm, range.end, &range))
+        unregister(mm, range.start, range.end);
+}
+
+/*
+ * Write-protect the present pages that are this process's own. The scan must have room for what it finds: with none it
+ * protects everything, and leaves markers on unpopulated pages that keep huge pages away (seen on 6.18).
+ */
+static int protect_present(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_abi_page_region found[32];
+    struct pm_abi_scan_arg scan = {
+        .size = sizeof(scan),
+        .flags = PM_ABI_SCAN_WP_MATCHING,
+        .start = start,
+        .end = end,
+        .vec = (uint64_t)(uintptr_t)found,
+        .vec_len = sizeof(found) / sizeof(found[0]),
+        .category_inverted = PM_ABI_PAGE_IS_FILE,
+        .category_mask = PM_ABI_PAGE_IS_PRESENT | PM_ABI_PAGE_IS_FILE,
+        .return_mask = PM_ABI_PAGE_IS_PRESENT,
+    };
+    int again = 0;
+
+    while (scan.start < end) {
+        int ret = pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan);
+
+        if (ret >= 0) {
+            if (scan.walk_end <= scan.start)
+                return -EIO;
+            scan.start = scan.walk_end;
+        } else if ((ret != -EAGAIN && ret != -EINTR) || ++again == AGAIN_LIMIT) {
+            return ret;
+        } else {
+            sched_yield(); /* EAGAIN: an event is unread */
+        }
+    }
+    return 0;
+}
+
+static int protect_run(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct uffdio_writeprotect wp = {.range = {start, end - start}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    int ret = 0;
+
+    for (int i = 0; i < AGAIN_LIMIT; i++) {
+        ret = pm_sys_ioctl(mm->uffd, UFFDIO_WRITEPROTECT, &wp);
+        if (ret != -EAGAIN && ret != -EINTR)
+            break;
+        sched_yield();
+    }
+    return ret;
+}
+
+/* The same without PAGEMAP_SCAN: run by run. */
+static void protect_by_runs(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    uint64_t seen[512], run = 0;
+
+    for (uint64_t addr = start; addr < end; addr += sizeof(seen) / sizeof(seen[0]) * PM_PAGE_SIZE) {
+        uint64_t n = pm_min(512, (end - addr) >> PM_PAGE_SHIFT);
+
+        if (pm_pagemap_read(mm, addr, n, seen))
+            return;
+        for (uint64_t i = 0; i < n; i++) {
+            uint64_t page = addr + (i << PM_PAGE_SHIFT);
+            bool own = (seen[i] & PM_ABI_PAGEMAP_PRESENT) && !(seen[i] & PM_ABI_PAGEMAP_FILE);
+
+            if (own && !run)
+                run = page;
+            if (!own && run) {
+                protect_run(mm, run, page);
+                run = 0;
+            }
+        }
+    }
+    if (run)
+        protect_run(mm, run, end);
+}
+
+static bool is_open(struct pm_mm *mm)
+{
+    bool open;
+
+    pm_lock(mm);
+    open = mm->uffd >= 0;
+    pm_unlock(mm);
+    return open;
+}
+
+void pm_watch_after_fork(struct pm_mm *mm)
+{
+    struct pm_watch_range range = {0, 0};
+    struct pm_vma vma;
+
+    if (!is_open(mm) || !pm_have(mm, PM_FEAT_UFFD_WP_ASYNC) || !pm_have(mm, PM_FEAT_PAGEMAP))
+        return;
+    while (next_watched(mm, range.end, &range)) {
+        uint64_t addr = range.start;
+
+        while (addr < range.end && pm_vma_query(mm, addr, &vma) == 0 && vma.start < range.end) {
+            uint64_t start = pm_max(addr, vma.start), end = pm_min(vma.end, range.end);
+
+            addr = vma.end;
+            if (vma.flags & (PM_VMA_SHARED | PM_VMA_SPECIAL))
+                continue;
+            if (!pm_have(mm, PM_FEAT_PAGEMAP_SCAN) || protect_present(mm, start, end) != 0)
+                protect_by_runs(mm, start, end);
+        }
+    }
+}
