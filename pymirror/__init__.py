@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""pymirror: Linux HMM (Heterogeneous Memory Management) for user space.
+
+Write the mirroring part of a device driver in Python, with the kernel's own concepts and names, and run it
+against the real memory of this process.
+"""
+
+from __future__ import annotations
+
+from ._version import __version__
+
+try:
+    from ._shim import ffi as _ffi
+    from ._shim import lib as _lib
+except ImportError as missing:
+    raise ImportError(
+        f"the native shim is missing or does not load ({missing}); run: make build"
+    ) from missing
+
+if (_built := _ffi.string(_lib.pm_version()).decode()) != __version__:
+    raise ImportError(f"the native shim is of version {_built}, pymirror is {__version__}; run: make build")
+
+from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
+from .device import Device, DeviceFault, FaultReason, StaleAccessError
+from .errors import FeatureError, MirrorError
+from .event import Event, Guarantee, MmuNotifierRange
+from .features import Features
+from .hmm import HMM_RANGE_DEFAULT_TIMEOUT, Hmm, Mirror, Range, hmm_range_fault, hmm_range_snapshot
+from .lock import DriverLock
+from .mm import AddressSpace
+from .notifier import CallbackError, IntervalNotifier, MmuNotifier
+from .page_table import PageTable
+from .pfn import (
+    HMM_PFN_ERROR,
+    HMM_PFN_REQ_FAULT,
+    HMM_PFN_REQ_WRITE,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    hmm_pfn_to_map_order,
+    hmm_pfn_to_pfn,
+)
+from .region import Region
+from .vma import Vma
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+
+__all__ = [
+    "HMM_PFN_ERROR",
+    "HMM_PFN_REQ_FAULT",
+    "HMM_PFN_REQ_WRITE",
+    "HMM_PFN_VALID",
+    "HMM_PFN_WRITE",
+    "HMM_RANGE_DEFAULT_TIMEOUT",
+    "MREMAP_DONTUNMAP",
+    "MREMAP_FIXED",
+    "MREMAP_MAYMOVE",
+    "AddressSpace",
+    "CallbackError",
+    "Device",
+    "DeviceFault",
+    "DriverLock",
+    "Event",
+    "FaultReason",
+    "FeatureError",
+    "Features",
+    "GiB",
+    "Guarantee",
+    "Hmm",
+    "IntervalNotifier",
+    "KiB",
+    "MiB",
+    "Mirror",
+    "MirrorError",
+    "MmuNotifier",
+    "MmuNotifierRange",
+    "PageTable",
+    "Range",
+    "Region",
+    "StaleAccessError",
+    "Vma",
+    "__version__",
+    "hmm_pfn_to_map_order",
+    "hmm_pfn_to_pfn",
+    "hmm_range_fault",
+    "hmm_range_snapshot",
+]

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: MIT
+"""A software device: it reads and writes process memory by address, through the page table of its driver."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from ._shim import ffi, lib
+from .callback import may_wait
+from .errors import MirrorError, error
+from .page_table import Mapping, PageTable
+from .walk import PAGE_SIZE, detected
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from .mm import AddressSpace
+    from .notifier import Invalidation
+
+#: Bytes of one native call, so that Ctrl-C is heard in between.
+_CALL_BYTES = 64 << 20
+
+
+class FaultReason(StrEnum):
+    """Why the device could not use its page table: ``enum pm_access_fault``."""
+
+    MISSING = "missing"
+    READONLY = "readonly"
+    FENCED = "fenced"
+    STALE = "stale"
+    CHANGED = "changed"
+
+
+_REASONS = {
+    lib.PM_FAULT_MISSING: FaultReason.MISSING,
+    lib.PM_FAULT_READONLY: FaultReason.READONLY,
+    lib.PM_FAULT_FENCED: FaultReason.FENCED,
+    lib.PM_FAULT_STALE: FaultReason.STALE,
+    lib.PM_FAULT_CHANGED: FaultReason.CHANGED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFault:
+    """A device fault, for the driver's handler.
+
+    ``addr`` is the page that the table does not serve, ``end`` the end (page-aligned) of what the access
+    still needs, ``write`` the access. ``reason``: no entry (missing), a write through a read-only entry
+    (readonly), an entry invalidated whose callback has not run yet (fenced).
+    """
+
+    device: Device
+    mm: AddressSpace
+    addr: int
+    end: int
+    write: bool
+    reason: FaultReason
+
+
+FaultHandler = Callable[[DeviceFault], Any]
+
+
+@dataclass(slots=True)
+class DeviceStats:
+    """Counts since the device was made. Times an event happened, but for the two that end in _bytes.
+
+    ``redone`` are reads discarded because an invalidation passed meanwhile, ``stale`` accesses through an
+    entry that a callback should have cleared, ``detected`` changes of memory that no event told of.
+    """
+
+    reads: int = 0
+    writes: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    missing: int = 0
+    readonly: int = 0
+    fenced: int = 0
+    stale: int = 0
+    detected: int = 0
+    redone: int = 0
+
+    @property
+    def faults(self) -> int:
+        """Device faults that were given to the handler."""
+        return self.missing + self.readonly + self.fenced
+
+
+class StaleAccessError(MirrorError):
+    """The device used an entry whose invalidation is over and whose callback did not clear it: a driver bug.
+
+    No memory was touched: the entry is fenced. ``mapped`` tells who programmed it, ``invalidated`` what
+    should have cleared it; None where that is too long ago.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        addr: int,
+        write: bool,
+        mapped: Mapping | None,
+        invalidated: Invalidation | None,
+        seq: int,
+    ) -> None:
+        access = "write" if write else "read"
+        super().__init__(
+            errno.EFAULT,
+            f"{device.name}: {access} at {addr:#x} through an entry that its callback did not clear;"
+            f" {_mapped_text(mapped)}; {_invalidated_text(invalidated, seq)}",
+            addr=addr,
+            hint="clear the whole of [update.start, update.end) in the callback, before it returns",
+        )
+        self.mapped = mapped
+        self.invalidated = invalidated
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_stale, (self._message, dict(self.__dict__)))
+
+
+class Device:
+    """A device with a page table and no memory of its own.
+
+    ``read``, ``read_into`` and ``write`` go through ``page_table``. What it does not serve is a device fault:
+    the driver's handler maps it, and the access goes on. ``fault_timeout`` is for how many seconds an access
+    may make no progress.
+    """
+
+    def __init__(self, name: str, *, fault_timeout: float = 1.0) -> None:
+        self.name = name
+        self.page_table = PageTable()
+        self.fault_timeout = fault_timeout
+        self.stats = DeviceStats()
+        self._handler: FaultHandler | None = None
+        self._stats_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Device {self.name!r}>"
+
+    def set_fault_handler(self, handler: FaultHandler | None) -> None:
+        """``handler(fault)`` maps ``fault.addr``, and more if it likes, and returns.
+
+        It runs in the accessing thread. What it raises ends the access, but for EBUSY and EAGAIN, which mean
+        "again". None: faults are EFAULT.
+        """
+        self._handler = handler
+
+    def read(self, mm: AddressSpace, addr: int, n: int) -> bytes:
+        """Read n bytes at addr. See read_into() for the errors; that one copies once less."""
+        into = bytearray(n)
+        self.read_into(mm, addr, into)
+        return bytes(into)
+
+    def read_into(self, mm: AddressSpace, addr: int, buffer: Buffer) -> None:
+        """Fill a writable contiguous buffer from addr on, without a copy in between.
+
+        EFAULT: no handler, or the memory is not there. EPERM from the handler. StaleAccessError: the driver
+        did not clear an entry. ETIMEDOUT: no progress for fault_timeout. EDEADLK in a callback or under a
+        driver lock. What was read before an error stands in the buffer.
+        """
+        self._access(mm, addr, ffi.from_buffer(buffer, require_writable=True), False)
+
+    def write(self, mm: AddressSpace, addr: int, data: Buffer) -> None:
+        """Write the bytes of a contiguous buffer at addr. Errors as read_into(); what was written stays."""
+        self._access(mm, addr, ffi.from_buffer(data), True)
+
+    def _access(self, mm: AddressSpace, addr: int, memory: Any, write: bool) -> None:
+        what = f"{self.name}: {'write' if write else 'read'}"
+        may_wait(what)
+        self.page_table.check_mm(mm, what)
+        size = len(memory)
+        done = 0
+        faults = _Patience(self.fault_timeout)
+        access = ffi.new("struct pm_access *")
+        access.write = write
+        while done < size:
+            access.addr = addr + done
+            access.buf = memory + done
+            access.len = min(size - done, _CALL_BYTES)
+            ret = self.page_table.access(mm, access)
+            done += access.done
+            self._count_access(access, write, ret == 0 and done == size)
+            if access.done:
+                faults.reset()
+            if ret == 0:
+                continue
+            if ret != -errno.EFAULT or access.fault == lib.PM_FAULT_NONE:
+                raise error(-ret, what, addr=addr + done, mm=mm)
+            faults.again(what, access)
+            faults.refused = self._fault(mm, access, addr + size, what)
+
+    def _fault(self, mm: AddressSpace, access: Any, end: int, what: str) -> MirrorError | None:
+        reason = _REASONS[access.fault]
+        page = access.fault_start
+        write = bool(access.write)
+        self._count_fault(reason)
+        if reason is FaultReason.STALE:
+            seq = access.fence_seq
+            mapped = self.page_table.who_mapped(page)
+            raise StaleAccessError(self, page, write, mapped, mm.notifiers.invalidation(seq), seq)
+        if reason is FaultReason.CHANGED:
+            detected(mm, page, access.fault_end)
+            return None
+        return self._serve(DeviceFault(self, mm, page, -(-end // PAGE_SIZE) * PAGE_SIZE, write, reason), what)
+
+    def _serve(self, fault: DeviceFault, what: str) -> MirrorError | None:
+        if self._handler is None:
+            raise error(
+                errno.EFAULT,
+                f"{what}: device fault ({fault.reason}) without a handler",
+                addr=fault.addr,
+                mm=fault.mm,
+                hint="set_fault_handler(), or map the memory before the access",
+            )
+        try:
+            self._handler(fault)
+        except MirrorError as refused:
+            if refused.errno not in (errno.EBUSY, errno.EAGAIN):
+                raise
+            return refused
+        return None
+
+    def _count_access(self, access: Any, write: bool, finished: bool) -> None:
+        stats = self.stats
+        with self._stats_lock:
+            stats.redone += access.redone
+            if write:
+                stats.write_bytes += access.done
+                stats.writes += finished
+            else:
+                stats.read_bytes += access.done
+                stats.reads += finished
+
+    def _count_fault(self, reason: FaultReason) -> None:
+        field = "detected" if reason is FaultReason.CHANGED else reason.value
+        with self._stats_lock:
+            setattr(self.stats, field, getattr(self.stats, field) + 1)
+
+
+class _Patience:
+    """How long an access keeps faulting without progress."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.refused: MirrorError | None = None
+        self._deadline: float | None = None
+
+    def reset(self) -> None:
+        self._deadline = None
+        self.refused = None
+
+    def again(self, what: str, access: Any) -> None:
+        """Before a fault is served: ETIMEDOUT if it has been served for too long, and to no avail."""
+        now = time.monotonic()
+        if self._deadline is None:
+            self._deadline = now + self.timeout
+        if now <= self._deadline:
+            return
+        raise MirrorError(
+            errno.ETIMEDOUT,
+            f"{what} at {access.fault_start:#x}: {_REASONS[access.fault]}, not served in {self.timeout} s",
+            addr=access.fault_start,
+            hint="the fault handler must map fault.addr before it returns; see also Device.fault_timeout",
+        ) from self.refused
+
+
+def _mapped_text(mapped: Mapping | None) -> str:
+    if mapped is None:
+        return "who mapped it is too long ago"
+    return (
+        f"mapped by {mapped.file}:{mapped.line} with [{mapped.start:#x}, {mapped.end:#x}), seq {mapped.seq},"
+        f" {_ago(mapped.when)}"
+    )
+
+
+def _invalidated_text(invalidated: Invalidation | None, seq: int) -> str:
+    if invalidated is None:
+        return f"what invalidated it (seq {seq}) is too long ago"
+    return (
+        f"invalidated by {invalidated.event.name} ({invalidated.guarantee}) of"
+        f" [{invalidated.start:#x}, {invalidated.end:#x}), seq {invalidated.seq}, {_ago(invalidated.when)}"
+    )
+
+
+def _ago(when: float) -> str:
+    return f"{max(0.0, time.monotonic() - when) * 1e3:.3f} ms ago"
+
+
+def _rebuild_stale(message: str, state: dict[str, Any]) -> StaleAccessError:
+    stale = StaleAccessError.__new__(StaleAccessError)
+    MirrorError.__init__(stale, errno.EFAULT, message, addr=state["addr"], hint=state["hint"])
+    stale.__dict__.update(state)
+    return stale

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""What this kernel and this process's privileges offer, what is lost without each, and what grants it.
+
+The shim probes by trying; kernel versions are named for people only. ``PYMIRROR_DISABLE`` (names separated by
+commas) and ``AddressSpace(disable=...)`` make pymirror do without features that are there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ._shim import ffi, lib
+from .errors import FeatureError, MirrorError, check, errno_name
+
+DISABLE_VARIABLE = "PYMIRROR_DISABLE"
+
+_ABSENT = {
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.EOPNOTSUPP,
+    errno.ENOENT,
+    errno.ENODEV,
+    errno.ENXIO,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One feature of the kernel: its name here, what pymirror cannot do without it, and how to get it.
+
+    ``since`` is the first kernel that has it, ``config`` what that kernel must be built with; ``grant`` is
+    the command that gives the privilege when the kernel has it and refuses it.
+    """
+
+    name: str
+    bit: int
+    lost: str
+    since: str
+    config: str
+    grant: str
+
+
+_CAPABLE = "sudo setcap {cap}+ep {python}   # or run as root"
+_UFFD = "sudo setfacl -m u:$USER:rw /dev/userfaultfd   # or: sudo sysctl -w vm.unprivileged_userfaultfd=1"
+_PROC = "sudo mount -t proc proc /proc   # the process needs its own /proc, readable"
+
+FEATURES: tuple[Feature, ...] = (
+    Feature(
+        "uffd",
+        lib.PM_FEAT_UFFD,
+        "munmap, mremap, madvise and fork behind pymirror's back are found late, by comparing page tables",
+        "4.11",
+        "CONFIG_USERFAULTFD=y",
+        _UFFD,
+    ),
+    Feature(
+        "uffd_kernel",
+        lib.PM_FEAT_UFFD_KERNEL,
+        "a system call on a device-resident page gives EFAULT instead of bringing it home",
+        "4.11",
+        "CONFIG_USERFAULTFD=y",
+        _UFFD,
+    ),
+    Feature(
+        "wp_async",
+        lib.PM_FEAT_UFFD_WP_ASYNC,
+        "memory is not watched, and write permission after a fork is taken from the vma alone",
+        "6.7",
+        "CONFIG_PTE_MARKER_UFFD_WP=y",
+        _UFFD,
+    ),
+    Feature(
+        "wp_unpopulated",
+        lib.PM_FEAT_UFFD_WP_UNPOPULATED,
+        "write permission of pages that were absent at a fork is taken from the vma alone",
+        "6.4",
+        "CONFIG_PTE_MARKER_UFFD_WP=y",
+        _UFFD,
+    ),
+    Feature(
+        "uffd_events",
+        lib.PM_FEAT_UFFD_EVENTS,
+        "munmap, mremap and madvise behind pymirror's back are found late, by comparing page tables",
+        "4.11",
+        "CONFIG_USERFAULTFD=y",
+        _UFFD,
+    ),
+    Feature(
+        "event_fork",
+        lib.PM_FEAT_UFFD_EVENT_FORK,
+        "a fork by a raw clone() is not seen; os.fork() and libc's fork() are",
+        "4.11",
+        "CONFIG_USERFAULTFD=y",
+        _CAPABLE.replace("{cap}", "cap_sys_ptrace"),
+    ),
+    Feature(
+        "move",
+        lib.PM_FEAT_UFFD_MOVE,
+        "pages migrate by copying instead of moving",
+        "6.8",
+        "CONFIG_USERFAULTFD=y",
+        _UFFD,
+    ),
+    Feature(
+        "sigbus",
+        lib.PM_FEAT_UFFD_SIGBUS,
+        'fault_delivery="inline" is not available',
+        "4.14",
+        "CONFIG_USERFAULTFD=y",
+        _UFFD,
+    ),
+    Feature(
+        "pagemap",
+        lib.PM_FEAT_PAGEMAP,
+        "presence comes from mincore() alone, and changes behind pymirror's back are not found",
+        "4.2",
+        "CONFIG_PROC_PAGE_MONITOR=y",
+        _PROC,
+    ),
+    Feature(
+        "pfn",
+        lib.PM_FEAT_PFN,
+        "pfns carry presence only, and a page that was exchanged for another is not noticed",
+        "4.2",
+        "CONFIG_PROC_PAGE_MONITOR=y",
+        _CAPABLE.replace("{cap}", "cap_sys_admin"),
+    ),
+    Feature(
+        "pagemap_scan",
+        lib.PM_FEAT_PAGEMAP_SCAN,
+        "huge pages are told by their PFNs alone",
+        "6.7",
+        "CONFIG_PROC_PAGE_MONITOR=y",
+        _PROC,
+    ),
+    Feature(
+        "procmap_query",
+        lib.PM_FEAT_PROCMAP_QUERY,
+        "vmas are read from the text of /proc/self/maps, which is slower",
+        "6.11",
+        "CONFIG_PROC_FS=y",
+        _PROC,
+    ),
+    Feature(
+        "populate",
+        lib.PM_FEAT_POPULATE,
+        "pages are faulted in one by one",
+        "5.14",
+        "CONFIG_MMU=y",
+        "allow madvise() in the sandbox's seccomp profile",
+    ),
+    Feature(
+        "process_vm",
+        lib.PM_FEAT_PROCESS_VM,
+        "a device cannot reach private memory",
+        "3.2",
+        "CONFIG_CROSS_MEMORY_ATTACH=y",
+        "allow process_vm_readv() and process_vm_writev() in the sandbox's seccomp profile",
+    ),
+    Feature(
+        "io_uring",
+        lib.PM_FEAT_IO_URING,
+        "pages cannot be pinned: pin_user_pages() is not available",
+        "5.1",
+        "CONFIG_IO_URING=y",
+        "sudo sysctl -w kernel.io_uring_disabled=0   # and allow it in the sandbox's seccomp profile",
+    ),
+)
+
+_BY_NAME = {feature.name: feature for feature in FEATURES}
+_UFFD_SOURCES = ("", "/dev/userfaultfd", "system call", "user-mode-only")
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A feature that is not there: why, what is lost, and the command that grants it."""
+
+    feature: str
+    errno: int
+    reason: str
+    lost: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The features found by one probe (``struct pm_features``).
+
+    ``why`` has the errno that showed each missing feature to be missing. ``zero_pfn`` is 0 when unknown.
+    ``uffd_source`` is where the userfaultfd comes from ("" for none), ``uffd_features`` the kernel's bits.
+    """
+
+    have: frozenset[str]
+    why: dict[str, int]
+    disabled: frozenset[str]
+    zero_pfn: int
+    uffd_source: str
+    uffd_features: int
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.have
+
+    def require(self, name: str, what: str = "") -> None:
+        """Raise FeatureError, in the name of the call ``what``, unless the feature is there."""
+        if name in self.have:
+            return
+        missing = self.missing(name)
+        raise FeatureError(name, missing.reason, missing.command, what=what, errno=missing.errno)
+
+    def missing(self, name: str) -> Missing:
+        """Why a feature is not there and what to do about it. Meaningful only where it is missing."""
+        feature = _BY_NAME[name]
+        if name in self.disabled:
+            return Missing(
+                name,
+                errno.EOPNOTSUPP,
+                f"switched off by {DISABLE_VARIABLE} or disable=",
+                feature.lost,
+                f"unset {DISABLE_VARIABLE}   # and leave {name!r} out of disable=",
+            )
+        why = self.why.get(name, 0) or errno.EOPNOTSUPP
+        return Missing(name, why, _reason(feature, why), feature.lost, _command(feature, why))
+
+    def all_missing(self) -> list[Missing]:
+        """Every feature that is not there, in the order of FEATURES."""
+        return [self.missing(feature.name) for feature in FEATURES if feature.name not in self.have]
+
+
+def disable_bits(names: Iterable[str]) -> int:
+    """The ``disable`` bits of ``names`` and of PYMIRROR_DISABLE. EINVAL for a name that is no feature."""
+    if isinstance(names, str):
+        names = names.split(",")
+    bits = 0
+    for name in [*names, *os.environ.get(DISABLE_VARIABLE, "").split(",")]:
+        if not (name := name.strip()):
+            continue
+        if name not in _BY_NAME:
+            raise MirrorError(
+                errno.EINVAL,
+                f"disable: no feature is called {name!r}",
+                hint=f"name some of: {', '.join(_BY_NAME)} (disable=, {DISABLE_VARIABLE})",
+            )
+        bits |= 1 << _BY_NAME[name].bit
+    return bits
+
+
+def probe(disable: Iterable[str] = ()) -> Features:
+    """Probe this kernel and process, without an address space."""
+    bits = disable_bits(disable)
+    found = ffi.new("struct pm_features *")
+    check(lib.pm_features_probe(bits, found), "pm_features_probe")
+    return from_native(found, bits)
+
+
+def from_native(found: Any, disabled: int) -> Features:
+    """A view of a filled ``struct pm_features``; ``disabled`` are the bits switched off by request."""
+    have = {feature.name for feature in FEATURES if found.have >> feature.bit & 1}
+    return Features(
+        have=frozenset(have),
+        why={feature.name: found.why[feature.bit] for feature in FEATURES if feature.name not in have},
+        disabled=frozenset(feature.name for feature in FEATURES if disabled >> feature.bit & 1),
+        zero_pfn=found.zero_pfn,
+        uffd_source=_UFFD_SOURCES[found.uffd_source],
+        uffd_features=found.uffd_features,
+    )
+
+
+def _reason(feature: Feature, why: int) -> str:
+    text = f"{errno_name(why)} ({os.strerror(why)})"
+    if why in _ABSENT:
+        return f"this kernel has not got it: {text}; it came with Linux {feature.since}, {feature.config}"
+    return f"refused: {text}"
+
+
+def _command(feature: Feature, why: int) -> str:
+    if why in _ABSENT:
+        return f"boot Linux {feature.since} or newer built with {feature.config}"
+    return feature.grant.replace("{python}", _interpreter())
+
+
+@cache
+def _interpreter() -> str:
+    """The file that capabilities would be given to: setcap does not follow symbolic links."""
+    return os.path.realpath(sys.executable) if sys.executable else "python3"

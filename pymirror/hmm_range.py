@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""Range: an interval of an mm that a mirror looks at and faults (``struct hmm_range`` of 5.1)."""
+
+from __future__ import annotations
+
+import errno
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._shim import ffi, lib
+from .callback import may_wait
+from .errors import MirrorError, check
+from .lock import not_in_callback
+from .notifier import KIND_RANGE, wait_read_begin
+from .walk import FAULT, FAULT_NOBLOCK, PAGE_SHIFT, SNAPSHOT, check_interval, walk_error
+
+if TYPE_CHECKING:
+    from .hmm_mirror import Hmm, Mirror
+    from .mm import AddressSpace
+    from .pfn import PfnArray
+
+HMM_RANGE_DEFAULT_TIMEOUT = 1.0
+
+_HUGE_SHIFT = 21
+_ALL = (1 << 64) - 1
+
+
+class Range:
+    """[start, end) bytes of a mirror's mm, and what is known of its pages. Made by ``Mirror.range``.
+
+    ``pfns``       uint64 array, an entry a page. In: requests of fault(); out: HMM pfns. An invalidation
+    makes the range
+                   invalid and leaves them readable.
+    ``default_flags``, ``pfn_flags_mask``
+                   the request of a page is ``(pfns[i] & pfn_flags_mask) | default_flags``. As in the series
+                   they begin as 0 and all ones, so what an earlier walk found is asked for again: set
+                   the mask to 0 for one policy over the whole range.
+    ``valid``      no invalidation has overlapped since the last wait_until_valid() (or register()).
+    ``seq``        the sequence number of that moment.
+
+    One thread at a time uses a range; ``valid`` may be read by any.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_hmm",
+        "_native_mm",
+        "_pages",
+        "_pfns",
+        "_registered",
+        "_seq",
+        "_sub",
+        "_walk",
+        "end",
+        "mirror",
+        "mm",
+        "npages",
+        "page_shift",
+        "start",
+    )
+
+    def __init__(self, mirror: Mirror, start: int, end: int, page_shift: int = PAGE_SHIFT) -> None:
+        """EINVAL: not aligned to 1 << page_shift, empty, reversed or beyond the address space."""
+        if page_shift not in (PAGE_SHIFT, _HUGE_SHIFT):
+            raise MirrorError(
+                errno.EINVAL, f"range: page_shift {page_shift}", hint="12, or 21 for 2 MiB hugetlb memory"
+            )
+        check_interval("range", start, end, page_shift)
+        self.mirror = mirror
+        self.mm: AddressSpace = mirror.mm
+        self.start = start
+        self.end = end
+        self.page_shift = page_shift
+        self.npages = (end - start) >> page_shift
+        self._native_mm = self.mm.native
+        #: What native code works on: an entry a 4 KiB page.
+        self._pages: PfnArray = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
+        self._pfns = self._pages if page_shift == PAGE_SHIFT else np.zeros(self.npages, np.uint64)
+        self._walk = ffi.new("struct pm_walk *")
+        self._walk.start = start
+        self._walk.end = end
+        self._walk.pfns = ffi.from_buffer("uint64_t[]", self._pages)
+        self._walk.pfn_flags_mask = _ALL
+        self._hmm: Hmm | None = None
+        self._sub: Any = None
+        self._seq = 0
+        self._registered = False
+
+    def __enter__(self) -> Range:
+        self.register()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.unregister()
+
+    def __repr__(self) -> str:
+        state = ("valid" if self.valid else "invalid") if self._registered else "unregistered"
+        return f"<Range {self.start:#x}-{self.end:#x} {state}>"
+
+    @property
+    def pfns(self) -> PfnArray:
+        return self._pfns
+
+    @pfns.setter
+    def pfns(self, values: Any) -> None:
+        self._pfns[:] = values
+
+    @property
+    def default_flags(self) -> int:
+        return int(self._walk.default_flags)
+
+    @default_flags.setter
+    def default_flags(self, flags: int) -> None:
+        self._walk.default_flags = int(flags)
+
+    @property
+    def pfn_flags_mask(self) -> int:
+        return int(self._walk.pfn_flags_mask)
+
+    @pfn_flags_mask.setter
+    def pfn_flags_mask(self, mask: int) -> None:
+        self._walk.pfn_flags_mask = int(mask) & _ALL
+
+    @property
+    def sub(self) -> Any:
+        """The ``pm_sub *``, None before register()."""
+        return self._sub
+
+    @property
+    def seq(self) -> int:
+        return self._seq
+
+    @property
+    def registered(self) -> bool:
+        return self._registered
+
+    @property
+    def valid(self) -> bool:
+        """hmm_range_valid(), under the driver's lock. Fixed against 5.1: it never comes back by itself."""
+        return not self.read_retry(self._seq)
+
+    def read_retry(self, seq: int) -> bool:
+        """Whether an invalidation has overlapped since `seq` was the range's sequence number."""
+        return not self._registered or lib.pm_sub_read_retry(self._sub, seq) != 0
+
+    def register(self) -> None:
+        """hmm_range_register(): from here on invalidations make the range invalid. Idempotent.
+
+        The vmas of the range are watched, and it is valid unless an invalidation runs. EFAULT when the mm is
+        closed or the mirror unregistered; EDEADLK in a callback.
+        """
+        not_in_callback("Range.register")
+        if self._registered:
+            return
+        hmm = self.mirror.hmm
+        hmm.check_alive("Range.register")
+        sub = ffi.new("pm_sub **")
+        ret = lib.pm_sub_insert(self._native_mm, self.start, self.end - 1, 0, KIND_RANGE, sub)
+        if ret == -errno.ESRCH:
+            hmm.check_alive("Range.register")
+        check(ret, "Range.register", addr=self.start)
+        self._sub = self._walk.sub = ffi.gc(sub[0], lib.pm_sub_put)
+        self._hmm = hmm
+        self._registered = True
+        try:
+            self.mm.watch(self.start, self.end)
+            self._begin(0.0)
+        except BaseException:
+            self.unregister()
+            raise
+
+    def unregister(self) -> None:
+        """hmm_range_unregister(): forget the range; ``pfns`` stays. Idempotent. EDEADLK in a callback."""
+        not_in_callback("Range.unregister")
+        if not self._registered:
+            return
+        self._registered = False
+        self._hmm = None
+        lib.pm_sub_remove(self._sub)
+
+    def wait_until_valid(self, timeout: float | None = HMM_RANGE_DEFAULT_TIMEOUT) -> bool:
+        """hmm_range_wait_until_valid(): wait until no invalidation overlaps, and count from that moment on.
+
+        True; False when the mm is gone. ETIMEDOUT after `timeout` seconds (None: no limit; Ctrl-C ends every
+        wait). EDEADLK in a callback and under a driver lock; EINVAL when not registered.
+        """
+        may_wait("wait_until_valid")
+        self._check_registered("wait_until_valid")
+        ret = -errno.ESRCH if self._gone() else self._begin(timeout)
+        if ret == 0 and not self._gone():
+            return True
+        if ret in (0, -errno.ESRCH) and lib.pm_mm_alive(self._native_mm) >= 0:
+            return False
+        check(ret, f"wait_until_valid: [{self.start:#x}, {self.end:#x}) is still being invalidated")
+        return False
+
+    def snapshot(self) -> int:
+        """hmm_range_snapshot(): what the page table holds now, without faulting. Returns the sequence number.
+
+        Absent pages are 0. EAGAIN: invalid when called, wait_until_valid() first. EBUSY: invalidated
+        meanwhile. EPERM: a vma that cannot be read. EFAULT: a hole, a special mapping, or the mm is gone.
+        EINVAL: page_shift does not fit. On an error the pfns from the failing address on are 0. EDEADLK in a
+        callback and under a driver lock.
+        """
+        return self._look("snapshot", SNAPSHOT)
+
+    def fault(self, block: bool = True) -> int:
+        """hmm_range_fault(): fault what ``default_flags`` and ``pfns`` ask for and is absent.
+
+        Returns the sequence number. As snapshot(), and: EAGAIN also if ``block`` is false and it would have
+        to wait; EPERM: a write to a read-only vma. One native call, one system call for each run of absent
+        pages.
+        """
+        return self._look("fault", FAULT if block else FAULT_NOBLOCK)
+
+    def _look(self, what: str, flags: int) -> int:
+        may_wait(what)
+        seq = self._seq
+        if not self._registered or lib.pm_sub_read_retry(self._sub, seq):
+            raise self._invalid(what)
+        walk = self._walk
+        walk.flags = flags
+        walk.seq = seq
+        ret = lib.pm_walk(self._native_mm, walk) if self._pfns is self._pages else self._huge_walk(what)
+        if ret < 0:
+            raise self._failed(what, ret)
+        return seq
+
+    def _huge_walk(self, what: str) -> int:
+        """An entry of ``pfns`` stands for a huge page: the first of its 4 KiB pages."""
+        per_huge = 1 << (self.page_shift - PAGE_SHIFT)
+        self._check_hugetlb(what)
+        self._pages[:] = np.repeat(self._pfns, per_huge)
+        ret = int(lib.pm_walk(self._native_mm, self._walk))
+        self._pfns[:] = self._pages[::per_huge]
+        return ret
+
+    def _check_hugetlb(self, what: str) -> None:
+        for vma in self.mm.vmas(self.start, self.end):
+            if vma.page_size == 1 << self.page_shift:
+                continue
+            raise MirrorError(
+                errno.EINVAL,
+                f"{what}: page_shift {self.page_shift} does not fit pages of {vma.page_size} bytes",
+                addr=vma.start,
+                vma=vma,
+                hint="mirror it with page_shift 12",
+            )
+
+    def _begin(self, timeout: float | None) -> int:
+        """Count from now on; a failure leaves the range as it was."""
+        seq = ffi.new("uint64_t *")
+        ret = wait_read_begin(self._sub, seq, timeout, self._gone)
+        if ret == 0:
+            self._seq = seq[0]
+        return ret
+
+    def _gone(self) -> bool:
+        hmm = self._hmm
+        return hmm is None or hmm.dead
+
+    def _check_registered(self, what: str) -> None:
+        if not self._registered:
+            raise MirrorError(
+                errno.EINVAL, f"{what}: {self!r} is not registered", hint="register(), or a with block"
+            )
+
+    def _invalid(self, what: str) -> MirrorError:
+        self._check_registered(what)
+        if self._hmm is not None:
+            self._hmm.check_alive(what)
+        return MirrorError(
+            errno.EAGAIN,
+            f"{what}: [{self.start:#x}, {self.end:#x}) is invalid",
+            addr=self.start,
+            hint="wait_until_valid(), then go again",
+        )
+
+    def _failed(self, what: str, ret: int) -> MirrorError:
+        if ret == -errno.ESRCH and self._hmm is not None:
+            self._hmm.check_alive(what)
+        return walk_error(self.mm, self._walk, ret, what)
+
+
+def hmm_range_snapshot(rng: Range) -> int:
+    """The series' name for ``Range.snapshot``."""
+    return rng.snapshot()

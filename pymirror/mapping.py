@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""How memory of each kind is mapped: private, shared, of a file, in huge pages."""
+
+from __future__ import annotations
+
+import errno
+import mmap as _mmap
+import os
+from typing import Any
+
+from . import affected
+from ._shim import ffi, lib
+from .affected import HUGE_SIZE, PAGE_SIZE
+from .errors import MirrorError, check, error
+
+_MAP_SHARED = _mmap.MAP_SHARED
+_MAP_PRIVATE = _mmap.MAP_PRIVATE
+_MAP_ANONYMOUS = _mmap.MAP_ANONYMOUS
+_MAP_FIXED = 0x10
+_MAP_HUGETLB = 0x40000
+_MAP_HUGE_2MB = 21 << 26
+_MFD_HUGE_2MB = 21 << 26
+
+_HUGE = (None, "thp", "hugetlb")
+
+
+def check_mmap(size: int, offset: int, fd: int, huge: str | None) -> tuple[int, int]:
+    if size <= 0:
+        wrong, hint = f"size {size}", "give a size in bytes, at least 1"
+    elif offset < 0 or offset % PAGE_SIZE:
+        wrong, hint = f"offset {offset} is not a multiple of {PAGE_SIZE}", "map from the start of the page"
+    elif huge not in _HUGE:
+        wrong, hint = f"huge={huge!r}", 'give None, "thp" or "hugetlb"'
+    elif huge == "hugetlb" and fd >= 0:
+        wrong, hint = 'huge="hugetlb" with a file', "leave huge out: a file on hugetlbfs is huge by itself"
+    elif fd < 0 and offset:
+        wrong, hint = f"offset {offset} without a file", "give fd, or leave offset out"
+    else:
+        return affected.page_up(size, HUGE_SIZE if huge == "hugetlb" else PAGE_SIZE), offset
+    raise MirrorError(errno.EINVAL, f"mmap: {wrong}", hint=hint)
+
+
+def backing(size: int, shared: bool, fd: int, huge: str | None) -> int:
+    """The Region's own descriptor: a duplicate of the caller's, a memfd for shared memory, else -1."""
+    try:
+        if fd >= 0:
+            return os.dup(fd)
+        if not shared:
+            return -1
+        flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB | _MFD_HUGE_2MB if huge == "hugetlb" else 0)
+        fd = os.memfd_create("pymirror", flags)
+    except OSError as failed:
+        number = failed.errno or errno.EIO
+        raise error(number, "mmap: descriptor for the memory", hint="check fd, and ulimit -n") from None
+    try:
+        os.ftruncate(fd, size)
+    except OSError as failed:
+        os.close(fd)
+        raise error(failed.errno or errno.EIO, f"mmap: memfd of {size} bytes") from None
+    return fd
+
+
+def map_memory(
+    native: Any, size: int, prot: int, shared: bool, fd: int, offset: int, huge: str | None
+) -> int:
+    flags = (_MAP_SHARED if shared else _MAP_PRIVATE) | (_MAP_ANONYMOUS if fd < 0 else 0)
+    if huge == "hugetlb" and fd < 0:
+        flags |= _MAP_HUGETLB | _MAP_HUGE_2MB
+    if huge == "thp":
+        return _map_aligned(native, size, prot, flags, fd, offset)
+    ret, addr = _map_call(native, 0, size, prot, flags, fd, offset)
+    if ret == -errno.ENOMEM and huge == "hugetlb":
+        raise _no_huge_pages(size)
+    check(ret, f"mmap of {size} bytes", hint=_hint(ret))
+    return addr
+
+
+def _map_aligned(native: Any, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
+    """Reserve too much, map over the aligned part, give the rest back."""
+    room = size + HUGE_SIZE - PAGE_SIZE
+    ret, reserved = _map_call(native, 0, room, 0, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+    check(ret, f"mmap of {size} bytes", hint=_hint(ret))
+    addr = affected.page_up(reserved, HUGE_SIZE)
+    ret, _ = _map_call(native, addr, size, prot, flags | _MAP_FIXED, fd, offset)
+    if ret < 0:
+        lib.pm_munmap(native, reserved, room)
+        check(ret, f"mmap of {size} bytes", hint=_hint(ret))
+    for start, end in ((reserved, addr), (addr + size, reserved + room)):
+        if start < end:
+            lib.pm_munmap(native, start, end - start)
+    return addr
+
+
+def _map_call(
+    native: Any, addr: int, size: int, prot: int, flags: int, fd: int, offset: int
+) -> tuple[int, int]:
+    place = ffi.new("uint64_t *")
+    ret = lib.pm_mmap(native, addr, size, prot, flags, fd, offset, place)
+    return ret, int(place[0])
+
+
+def _hint(ret: int) -> str | None:
+    if ret == -errno.ENOMEM:
+        return "ask for less; see ulimit -v, /proc/sys/vm/overcommit_memory and /proc/sys/vm/max_map_count"
+    return "open the file with the access that prot and shared ask for" if ret == -errno.EACCES else None
+
+
+def _no_huge_pages(size: int) -> MirrorError:
+    pages = size // HUGE_SIZE
+    return MirrorError(
+        errno.ENOMEM,
+        f"mmap: no {pages} free hugetlb pages of 2 MiB",
+        hint=f"echo {pages} | sudo tee /proc/sys/vm/nr_overcommit_hugepages   # free memory;"
+        f" or reserve them: echo {pages} | sudo tee /proc/sys/vm/nr_hugepages",
+    )

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""What operations on an mm stand on: its native half, lock and vmas, and the bracket of an invalidation."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from ._shim import ffi, lib
+from .affected import PAGE_SIZE, USER_END
+from .errors import MirrorError, check
+from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end
+from .lock import MmapLock, not_in_callback, not_under_driver_lock
+from .vma import Vma, find_vma, walk_vmas
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+    from .notifier import NotifierSet
+
+
+class MmBase:
+    """The part of AddressSpace that looks at memory and tells notifiers of changes."""
+
+    native: Any
+    notifiers: NotifierSet
+    pid: int
+    _mmap_lock: MmapLock
+    _closed: bool
+    _closing: bool
+
+    @contextmanager
+    def read_lock(self, timeout: float | None = None) -> Iterator[None]:
+        """Hold the mmap lock for reading (mmap_read_lock()): no operation changes the memory map meanwhile.
+
+        ESRCH once the mm is being torn down; close() waits for who holds it. ETIMEDOUT after ``timeout``
+        seconds (None: never). EDEADLK in a callback and under a driver lock: the order is mmap lock, then
+        driver lock.
+        """
+        self._check_here("read_lock")
+        with self._mmap_lock.read("read_lock", timeout):
+            yield
+
+    def vmas(self, start: int = 0, end: int | None = None) -> Iterator[Vma]:
+        """The vmas that overlap [start, end), in order. Hold read_lock() for a consistent picture."""
+        self._check("vmas")
+        return self._walk(start, USER_END if end is None else end)
+
+    def find_vma(self, addr: int) -> Vma | None:
+        """The vma that holds addr, or the first above it, or None (find_vma())."""
+        self._check("find_vma")
+        return find_vma(self.native, addr) if 0 <= addr < USER_END else None
+
+    def vma_lookup(self, addr: int) -> Vma | None:
+        """The vma that holds addr, or None (vma_lookup())."""
+        vma = self.find_vma(addr)
+        return vma if vma is not None and addr in vma else None
+
+    @contextmanager
+    def invalidate(
+        self,
+        start: int,
+        end: int,
+        event: Event = Event.CLEAR,
+        *,
+        owner: Any = None,
+        blockable: bool = True,
+        guarantee: Guarantee = Guarantee.BEFORE,
+    ) -> Iterator[MmuNotifierRange]:
+        """Invalidate [start, end) around a body that makes the change (mmu_notifier_invalidate_range_*).
+
+        On entry device entries are fenced and the callbacks have run in this thread; read_begin() waits
+        until the exit. ``end`` up to 1 << 64. With ``blockable`` false a callback may refuse: EAGAIN, and
+        the body does not run. EINVAL; EDEADLK in a callback and under a driver lock.
+        """
+        self._check("invalidate")
+        not_under_driver_lock("invalidate")
+        if (
+            start % PAGE_SIZE
+            or (end % PAGE_SIZE and end != WHOLE_MM_END)
+            or not 0 <= start < end <= WHOLE_MM_END
+        ):
+            wrong = f"invalidate: [{start:#x}, {end:#x}) is no interval of whole pages"
+            raise MirrorError(errno.EINVAL, wrong, hint="give page-aligned bytes, start below end")
+        with self._invalidation(start, end, Event(event), owner, blockable, Guarantee(guarantee)) as change:
+            yield change
+
+    def watch(self, start: int, end: int, files: bool = False) -> int:
+        """Have the kernel report foreign munmap, mremap, madvise and fork over the vmas of [start, end).
+
+        Idempotent; gives how many bytes of it are watched now. Vmas that cannot be watched are passed over,
+        and mappings of files unless ``files`` (watching switches their fault-around off). 0 where
+        userfaultfd is missing.
+        """
+        self._check("watch")
+        return check(
+            lib.pm_watch(self.native, start, min(end, USER_END), lib.PM_WATCH_FILES if files else 0), "watch"
+        )
+
+    @contextmanager
+    def _invalidation(
+        self,
+        start: int,
+        end: int,
+        event: Event,
+        owner: Any = None,
+        blockable: bool = True,
+        guarantee: Guarantee = Guarantee.BEFORE,
+    ) -> Iterator[MmuNotifierRange]:
+        """One native invalidation with its callbacks. The native half ends before the end's callbacks."""
+        begun, seq = ffi.new("pm_inv **"), ffi.new("uint64_t *")
+        with ExitStack() as stack:
+            # Entered before the call: Ctrl-C may strike as soon as it returns.
+            stack.callback(_end_native, begun)
+            ret = lib.pm_invalidate_start(
+                self.native, start, native_end(end), event, guarantee.native, begun, seq
+            )
+            check(ret, f"invalidate [{start:#x}, {end:#x})")
+            change = MmuNotifierRange(
+                cast("AddressSpace", self), start, end, event, owner, blockable, guarantee, seq[0]
+            )
+            token = self.notifiers.deliver_start(change)
+            lib.pm_invalidate_delivered(begun[0])
+            try:
+                yield change
+            finally:
+                stack.close()
+                self.notifiers.deliver_end(change, token)
+
+    def _detected(self, start: int, end: int) -> None:
+        """Deliver a change of [start, end) that was found by comparing page tables."""
+        with self.invalidate(start, end, guarantee=Guarantee.DETECTED):
+            pass
+
+    def _walk(self, start: int, end: int) -> Iterator[Vma]:
+        return walk_vmas(self.native, max(start, 0), min(end, USER_END))
+
+    def _vma_for_error(self, addr: int) -> Vma | None:
+        """The vma at addr for a message or a check, None if it cannot be had. Never raises."""
+        try:
+            vma = find_vma(self.native, addr) if 0 <= addr < USER_END else None
+        except OSError:
+            return None
+        return vma if vma is not None and addr in vma else None
+
+    def _check(self, what: str) -> None:
+        self._check_here(what)
+        not_in_callback(what)
+
+    def _check_here(self, what: str) -> None:
+        """ESRCH in a forked child and once the mm is closed."""
+        self._check_pid(what)
+        if self._closing or self._closed:
+            raise MirrorError(
+                errno.ESRCH, f"{what}: the address space is closed", hint="open a new AddressSpace"
+            )
+
+    def _check_pid(self, what: str) -> None:
+        if os.getpid() == self.pid:
+            return
+        raise MirrorError(
+            errno.ESRCH,
+            f"{what}: this AddressSpace belongs to process {self.pid}",
+            hint="open a new AddressSpace in this process",
+        )
+
+
+def _end_native(begun: Any) -> None:
+    ended, begun[0] = begun[0], ffi.NULL
+    if ended:
+        lib.pm_invalidate_end(ended)

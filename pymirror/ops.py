@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: MIT
+"""Operations on memory: the kernel's mmap, munmap, mprotect, madvise and mremap, announced to notifiers.
+
+Each is: check everything, begin an invalidation of what will change (device entries are fenced), run the
+callbacks in this thread, make the system call, end the invalidation. A refused request changes nothing that
+the kernel's own would not. Operations hold the mmap lock for writing, madvise for reading.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap as _mmap
+import operator
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, cast
+
+from . import affected
+from ._shim import ffi, lib
+from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, USER_END, Interval
+from .errors import MirrorError, check, error
+from .event import Event
+from .mapping import backing, check_mmap, map_memory
+from .mm_base import MmBase
+from .region import Region, RegionMap, make_region
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+
+PROT_READ = _mmap.PROT_READ
+PROT_WRITE = _mmap.PROT_WRITE
+
+_ANY_KIND = 0xFFFFFFFF
+
+logger = logging.getLogger("pymirror")
+
+
+class MemoryOperations(MmBase):
+    """The part of AddressSpace that changes memory."""
+
+    _regions: RegionMap
+
+    def mmap(
+        self,
+        size: int,
+        *,
+        prot: int = PROT_READ | PROT_WRITE,
+        shared: bool = False,
+        fd: int = -1,
+        offset: int = 0,
+        huge: str | None = None,
+    ) -> Region:
+        """Map ``size`` bytes, rounded up to pages, and give them as a Region. As mmap(2).
+
+        Without ``fd`` the memory is anonymous; shared anonymous memory is a memfd, kept in Region.fd. With
+        one, the file's bytes from ``offset`` (a multiple of 4096); the Region has a duplicate.
+        ``huge="thp"``: 2 MiB aligned and MADV_HUGEPAGE; ``"hugetlb"``: 2 MiB hugetlb pages, the size
+        rounded up to them.
+
+        EINVAL; ENOMEM (no memory, or no hugetlb pages: the message has the command); EACCES, ENODEV, EBADF
+        of mmap(2).
+        """
+        size, offset = check_mmap(operator.index(size), operator.index(offset), fd, huge)
+        with self._operation("mmap"), ExitStack() as undo:
+            fd = backing(size, shared, fd, huge)
+            if fd >= 0:
+                undo.callback(os.close, fd)
+            addr = map_memory(self.native, size, prot, shared, fd, offset, huge)
+            undo.callback(lib.pm_munmap, self.native, addr, size)
+            if huge == "thp":
+                ret = lib.pm_madvise(self.native, addr, size, affected.MADV_HUGEPAGE)
+                check(
+                    ret,
+                    "mmap: MADV_HUGEPAGE",
+                    addr=addr,
+                    hint="boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
+                )
+            region = make_region(
+                cast("AddressSpace", self), addr, size, prot=prot, shared=shared, huge=huge, fd=fd
+            )
+            undo.pop_all()
+            self._regions.add(region)
+            self._watch_new(addr, addr + size)
+        return region
+
+    def munmap(self, addr: int, size: int) -> None:
+        """Unmap [addr, addr + size), whatever is there, as munmap(2): event UNMAP. Views of it then fault.
+
+        EINVAL; ENOMEM (a vma would have to be split and the process has too many).
+        """
+        start, end = affected.check_span(self, "munmap", addr, size)
+        with self._operation("munmap"):
+            affected.check_huge_cuts(self, "munmap", start, end)
+            change = [(start, end)] if self._mapped(start, end) else []
+            with self._invalidating(change, Event.UNMAP):
+                check(lib.pm_munmap(self.native, start, end - start), "munmap", addr=start, mm=self)
+                self._regions.carve(start, end)
+
+    def mprotect(self, addr: int, size: int, prot: int) -> None:
+        """Set the protection, as mprotect(2): event PROTECTION_VMA over each vma whose protection changes.
+
+        EINVAL; ENOMEM at a hole, after what precedes it was changed, as the kernel has it; EACCES.
+        """
+        start, end = affected.check_span(self, "mprotect", addr, size)
+        prot = operator.index(prot)
+        if prot & ~0xF:
+            wrong = f"prot {prot:#x} is not made of PROT_READ, PROT_WRITE and PROT_EXEC"
+            raise affected.invalid(self, "mprotect", wrong, start, "see mprotect(2)")
+        with self._operation("mprotect"):
+            affected.check_huge_cuts(self, "mprotect", start, end)
+            change = list(affected.protected(self._walk(start, end), start, end, prot))
+            with self._invalidating(change, Event.PROTECTION_VMA):
+                ret = lib.pm_mprotect(self.native, start, end - start, prot)
+                self._check_range(ret, "mprotect", start, end)
+
+    def madvise(self, addr: int, size: int, advice: int) -> None:
+        """Give advice, as madvise(2): event CLEAR if it zaps or exchanges pages, else no event.
+
+        EINVAL; ENOMEM where part of it is a hole, after the rest was done; EACCES, EAGAIN, EBUSY of
+        madvise(2).
+        """
+        start, end = affected.check_span(self, "madvise", addr, size)
+        advice = operator.index(advice)
+        with self._operation("madvise", write=False):
+            change = self._zapped(start, end, advice) if affected.zaps(advice) else []
+            with self._invalidating(change, Event.CLEAR):
+                ret = lib.pm_madvise(self.native, start, end - start, advice)
+                self._check_range(ret, f"madvise {advice}", start, end)
+
+    def mremap(
+        self,
+        addr: int,
+        old_size: int,
+        new_size: int,
+        *,
+        flags: int = MREMAP_MAYMOVE,
+        new_addr: int | None = None,
+    ) -> Region:
+        """Resize or move, as mremap(2), and give a Region for the new place. The old keeps what is left.
+
+        What moves away or is cut off is event UNMAP, and so is a target with MREMAP_FIXED; growing in place
+        is no event. MREMAP_DONTUNMAP leaves the old place mapped and empty. ``old_size`` 0 maps shared
+        memory again.
+
+        EINVAL; EFAULT (a hole); ENOMEM (no room, or it may not move).
+        """
+        old = affected.check_span(self, "mremap", addr, old_size, empty=True)
+        new_size, target = affected.check_mremap(self, old, new_size, flags, new_addr)
+        with self._operation("mremap"):
+            return self._mremap(old, new_size, flags, target)
+
+    def _mremap(self, old: Interval, new_size: int, flags: int, target: int) -> Region:
+        start, end = old
+        vma = self._vma_for_error(start)
+        if vma is None:
+            raise error(errno.EFAULT, "mremap", addr=start, mm=self)
+        if vma.hugetlb:
+            affected.check_huge_cuts(self, "mremap", start, end)
+            new_size = affected.page_up(new_size, vma.page_size)
+        if vma.end < end:
+            # Watching a part of it may have split a vma that the kernel would move whole: watched as a whole it is one.
+            self.watch(start, end, files=True)
+        if start == end and not vma.shared:
+            raise affected.invalid(self, "mremap", "old size 0", start, "give the size of what is to move")
+        with ExitStack() as undo:
+            mould = self._mould(start)
+            fd = os.dup(mould.fd) if mould is not None and mould.fd >= 0 else -1
+            if fd >= 0:
+                undo.callback(os.close, fd)
+            place = self._move(old, new_size, flags, target)
+            undo.pop_all()
+        region = make_region(
+            cast("AddressSpace", self),
+            place,
+            new_size,
+            prot=mould.prot if mould is not None else vma.prot,
+            shared=vma.shared,
+            huge=mould.huge if mould is not None else ("hugetlb" if vma.hugetlb else None),
+            fd=fd,
+        )
+        self._account_move(old, region, flags)
+        self._watch_new(place, place + new_size)
+        return region
+
+    def _move(self, old: Interval, new_size: int, flags: int, target: int) -> int:
+        """The system call, announced for what it takes away; the new address."""
+        start, end = old
+        moves = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)
+        change = []
+        if moves and start < end:
+            change.append(old)
+        elif start + new_size < end:
+            change.append((start + new_size, end))
+        elif start + new_size > end > start and flags & MREMAP_MAYMOVE:
+            # Growing in place changes nothing for a device: the move is announced only if there is no room.
+            with suppress(_NoRoomError):
+                return self._mremap_call(old, new_size, flags & ~MREMAP_MAYMOVE, target)
+            change.append(old)
+        if flags & MREMAP_FIXED and self._mapped(target, target + new_size):
+            change.append((target, target + new_size))
+        with self._invalidating(change, Event.UNMAP):
+            return self._mremap_call(old, new_size, flags, target)
+
+    def _mremap_call(self, old: Interval, new_size: int, flags: int, target: int) -> int:
+        place = ffi.new("uint64_t *")
+        ret = lib.pm_mremap(self.native, old[0], old[1] - old[0], new_size, flags, target, place)
+        if ret == -errno.ENOMEM and not flags & MREMAP_MAYMOVE:
+            raise _NoRoomError(
+                errno.ENOMEM,
+                f"mremap at {old[0]:#x}: no room to grow in place",
+                addr=old[0],
+                vma=self._vma_for_error(old[0]),
+                hint="give MREMAP_MAYMOVE",
+            )
+        hint = "mremap() wants one vma: move what /proc/self/maps shows as several piece by piece"
+        check(ret, "mremap", addr=old[0], mm=self, hint=hint if ret == -errno.EFAULT else None)
+        return int(place[0])
+
+    def _account_move(self, old: Interval, region: Region, flags: int) -> None:
+        start, end = old
+        stop = region.addr + region.size
+        if region.addr == start:
+            self._regions.carve(stop, end)
+            self._regions.carve(start, stop, heir=region)
+        else:
+            self._regions.carve(region.addr, stop)
+            if not flags & MREMAP_DONTUNMAP:
+                self._regions.carve(start, end)
+        self._regions.add(region)
+
+    def _mould(self, addr: int) -> Region | None:
+        """The Region at addr, whose properties a moved piece of it keeps."""
+        found = self._regions.overlapping(addr, addr + 1)
+        return found[0][2] if found else None
+
+    def _zapped(self, start: int, end: int, advice: int) -> list[Interval]:
+        vmas = list(self._walk(start, end))
+        change = list(affected.advised(vmas, start, end, advice))
+        if advice != affected.MADV_REMOVE:
+            return change
+        holes = [(vma, piece) for piece in change for vma in vmas if piece[0] in vma]
+        return change + list(affected.aliases(self._walk(0, USER_END), holes))
+
+    def _mapped(self, start: int, end: int) -> bool:
+        return next(iter(self._walk(start, end)), None) is not None
+
+    def _check_range(self, ret: int, what: str, start: int, end: int) -> None:
+        """As check(); of ENOMEM it says whether a hole was meant, and where."""
+        addr = start
+        hint = f"see {what.split()[0]}(2)"
+        if ret == -errno.ENOMEM:
+            hint = "the process has too many vmas: /proc/sys/vm/max_map_count"
+            if (hole := self._first_hole(start, end)) is not None:
+                addr, hint = hole, "leave the hole out; what precedes it was done"
+        check(ret, what, addr=addr, mm=self, hint=hint)
+
+    def _first_hole(self, start: int, end: int) -> int | None:
+        """The first address of [start, end) that is in no vma."""
+        at = start
+        for vma in self._walk(start, end):
+            if vma.start > at:
+                break
+            at = vma.end
+        return at if at < end else None
+
+    def _watch_new(self, start: int, end: int) -> None:
+        """Memory that is new inside a notifier's interval brings no event: watch it from its birth."""
+        if lib.pm_overlapping(self.native, start, end, _ANY_KIND, ffi.NULL, 0) <= 0:
+            return
+        watched = lib.pm_watch(self.native, start, end, 0)
+        if watched < 0:
+            # The memory is good; only what changes behind our back is then found late, not reported.
+            logger.warning("mmap: [%#x, %#x) is not watched: %s", start, end, os.strerror(-watched))
+
+    @contextmanager
+    def _operation(self, what: str, *, write: bool = True) -> Iterator[None]:
+        self._check_here(what)
+        self._mmap_lock.check_free(what)
+        lock = self._mmap_lock.write(what) if write else self._mmap_lock.read(what)
+        with lock:
+            yield
+
+    @contextmanager
+    def _invalidating(self, change: Iterable[Interval], event: Event) -> Iterator[None]:
+        with ExitStack() as stack:
+            for start, end in change:
+                stack.enter_context(self._invalidation(start, end, event))
+            yield
+
+
+class _NoRoomError(MirrorError):
+    """mremap() cannot grow memory where it is."""

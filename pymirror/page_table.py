@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""A device's page table: programmed by the driver, fenced by native code, cleared by the callback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ._shim import ffi, lib
+from .errors import MirrorError, check
+from .event import native_end
+from .hmm_range import Range
+from .lock import not_in_callback
+from .notifier import IntervalNotifier
+from .walk import PAGE_SHIFT, PAGE_SIZE, USER_END, check_interval, check_pfns
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+    from .pfn import PfnArray
+
+MAPPINGS_REMEMBERED = 256
+
+#: Bits of an entry; the PFN is below them. A fenced one has the sequence number in place of the PFN.
+PM_ENTRY_VALID = 1 << lib.PM_ENTRY_VALID_BIT
+PM_ENTRY_WRITE = 1 << lib.PM_ENTRY_WRITE_BIT
+PM_ENTRY_FENCED = 1 << lib.PM_ENTRY_FENCED_BIT
+
+
+class Mapping(NamedTuple):
+    """Who programmed [start, end): file and line of the caller, sequence number, time.monotonic()."""
+
+    start: int
+    end: int
+    seq: int
+    when: float
+    file: str
+    line: int
+
+
+class PageTable:
+    """Device entries by virtual address, a uint64 for each 4 KiB page, of one address space at a time.
+
+    An invalidation fences entries: the device cannot use them any more, whatever the driver does. The
+    callback clears them. So a driver that forgets to is found out (StaleAccessError), not obeyed.
+    """
+
+    def __init__(self) -> None:
+        table = ffi.new("pm_table **")
+        check(lib.pm_table_create(table), "PageTable")
+        self._native = ffi.gc(table[0], lib.pm_table_put)
+        self._mappings: deque[Mapping] = deque(maxlen=MAPPINGS_REMEMBERED)
+        self._mm: weakref.ref[AddressSpace] | None = None
+
+    @property
+    def native(self) -> Any:
+        """The ``pm_table *``."""
+        return self._native
+
+    @property
+    def mm(self) -> AddressSpace | None:
+        """The address space whose entries it has, or last had."""
+        return self._mm() if self._mm is not None else None
+
+    def map(
+        self,
+        target: Range | IntervalNotifier,
+        seq: int,
+        start: int | None = None,
+        pfns: PfnArray | None = None,
+    ) -> bool:
+        """Program what a walk found, under the driver's lock. False: the sequence has moved, nothing is done.
+
+        ``map(rng, seq)`` takes the pfns of a range; ``map(sub, seq, start, pfns)`` those of hmm_range_fault()
+        under an IntervalNotifier, from `start` on, one a 4 KiB page. Pages without HMM_PFN_VALID are left
+        out. The check and the programming are one step under the native device lock. Memory of a file is
+        watched from here on.
+
+        EXDEV: the table has entries of another address space. EINVAL: not the memory of the target. EDEADLK
+        in a callback.
+        """
+        not_in_callback("PageTable.map")
+        if isinstance(target, Range):
+            start, pfns, sub = target.start, target._pages, target.sub
+        else:
+            if start is None or pfns is None:
+                raise MirrorError(
+                    errno.EINVAL,
+                    "PageTable.map: no pages",
+                    hint="map(sub, seq, start, pfns), or map(rng, seq)",
+                )
+            check_pfns("PageTable.map", pfns, pfns.size)
+            sub = target.native
+        if sub is None:
+            raise MirrorError(
+                errno.EINVAL, f"PageTable.map: {target!r} is not registered", hint="register() it"
+            )
+        n = pfns.size
+        end = start + (n << PAGE_SHIFT)
+        check_interval("PageTable.map", start, end)
+        if target.read_retry(seq):
+            return False
+        target.mm.watch(start, end, files=True)
+        ret = lib.pm_table_map(self._native, sub, seq, start, n, ffi.from_buffer("uint64_t[]", pfns))
+        if ret in (-errno.EBUSY, -errno.ESRCH):
+            return False
+        check(ret, "PageTable.map", addr=start, mm=target.mm)
+        self._remember(target.mm, start, end, seq)
+        return True
+
+    def clear(self, start: int, end: int) -> int:
+        """Drop the entries of [start, end), bytes, ``end`` up to 1 << 64. Returns how many. For callbacks."""
+        if end <= start:
+            return 0
+        return check(lib.pm_table_clear(self._native, start, native_end(end)), "PageTable.clear")
+
+    def entries(self, start: int, end: int) -> PfnArray:
+        """The raw entries of the pages of [start, end), 0 where there is none. For callbacks too."""
+        check_interval("PageTable.entries", start, end)
+        ret = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
+        buffer = ffi.from_buffer("uint64_t[]", ret)
+        check(lib.pm_table_read(self._native, start, ret.size, buffer), "PageTable.entries")
+        return ret
+
+    def next(self, start: int = 0, end: int = USER_END) -> int | None:
+        """The address of the first entry in [start, end), fenced or not; None without one."""
+        if end <= start:
+            return None
+        ret = ffi.new("uint64_t *")
+        err = lib.pm_table_next(self._native, start, native_end(end), ret)
+        if err == -errno.ENOENT:
+            return None
+        check(err, "PageTable.next")
+        return int(ret[0])
+
+    def verify(self, start: int, end: int) -> tuple[int, int] | None:
+        """Compare entries with the CPU page table: the first run that changed unseen, or None."""
+        not_in_callback("PageTable.verify")
+        check_interval("PageTable.verify", start, end)
+        changed = ffi.new("uint64_t[2]")
+        err = lib.pm_table_verify(self._native, start, end, changed, changed + 1)
+        if err == -errno.ESTALE:
+            return int(changed[0]), int(changed[1])
+        check(err, "PageTable.verify")
+        return None
+
+    def stats(self) -> dict[str, int]:
+        """``entries`` programmed, ``fenced`` ones among them, ``bytes`` of memory that the table takes."""
+        ret = ffi.new("struct pm_table_stats *")
+        check(lib.pm_table_stats(self._native, ret), "PageTable.stats")
+        return {"entries": ret.entries, "fenced": ret.fenced, "bytes": ret.bytes}
+
+    def who_mapped(self, addr: int) -> Mapping | None:
+        """The last map() over the address, if it is not too long ago."""
+        return next((one for one in reversed(list(self._mappings)) if one.start <= addr < one.end), None)
+
+    def check_mm(self, mm: AddressSpace, what: str) -> None:
+        """EXDEV when the table has entries of another address space that is open."""
+        bound = self.mm
+        if bound is None or bound is mm or bound.closed or not self.stats()["entries"]:
+            return
+        raise MirrorError(
+            errno.EXDEV,
+            f"{what}: the page table has entries of another address space",
+            hint="a device follows one address space at a time: clear() its table first",
+        )
+
+    def access(self, mm: AddressSpace, access: Any) -> int:
+        """pm_access(), for Device: 0 or a negative errno. An mm after a closed one finds nothing there."""
+        ret = int(lib.pm_access(self._native, access))
+        if ret != -errno.ESRCH or lib.pm_mm_alive(mm.native) != 1 or self.mm is mm:
+            return ret
+        access.fault = lib.PM_FAULT_MISSING
+        access.fault_start = access.addr & ~(PAGE_SIZE - 1)
+        access.fault_end = access.fault_start + PAGE_SIZE
+        return -errno.EFAULT
+
+    def _remember(self, mm: AddressSpace, start: int, end: int, seq: int) -> None:
+        if self._mm is None or self._mm() is not mm:
+            self._mm = weakref.ref(mm)
+        frame = sys._getframe(2)
+        self._mappings.append(
+            Mapping(start, end, seq, time.monotonic(), frame.f_code.co_filename, frame.f_lineno)
+        )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""The HMM pfn: one uint64 a page, with the bits of the kernel's ``enum hmm_pfn_flags``."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+PfnArray = npt.NDArray[np.uint64]
+
+#: The page is there; with HMM_PFN_REQ_FAULT the same bit asks for it.
+HMM_PFN_VALID = 1 << 63
+#: The page may be written; with HMM_PFN_REQ_WRITE the same bit asks for that.
+HMM_PFN_WRITE = 1 << 62
+#: No page can ever be there: a hole, an unreadable vma, device memory of another driver.
+HMM_PFN_ERROR = 1 << 61
+
+HMM_PFN_ORDER_SHIFT = 56
+
+#: Fault the page in if it is absent.
+HMM_PFN_REQ_FAULT = HMM_PFN_VALID
+#: Fault the page in for writing; only together with HMM_PFN_REQ_FAULT.
+HMM_PFN_REQ_WRITE = HMM_PFN_WRITE
+
+#: The bits that are not the PFN.
+HMM_PFN_FLAGS = 0xFF << HMM_PFN_ORDER_SHIFT
+
+_ORDER_MASK = 0x1F
+
+
+@overload
+def hmm_pfn_to_map_order(pfn: int) -> int: ...
+@overload
+def hmm_pfn_to_map_order(pfn: PfnArray) -> PfnArray: ...
+def hmm_pfn_to_map_order(pfn: int | PfnArray) -> int | PfnArray:
+    """Order of the CPU mapping that the page is part of: 0 for 4 KiB, 9 for 2 MiB. A pfn or an array of them.
+
+    The mapping may reach beyond the range that was asked for, as in the kernel.
+    """
+    if isinstance(pfn, np.ndarray):
+        return (pfn >> np.uint64(HMM_PFN_ORDER_SHIFT)) & np.uint64(_ORDER_MASK)
+    return (int(pfn) >> HMM_PFN_ORDER_SHIFT) & _ORDER_MASK
+
+
+@overload
+def hmm_pfn_to_pfn(pfn: int) -> int: ...
+@overload
+def hmm_pfn_to_pfn(pfn: PfnArray) -> PfnArray: ...
+def hmm_pfn_to_pfn(pfn: int | PfnArray) -> int | PfnArray:
+    """The page frame number, flags taken off: the kernel's hmm_pfn_to_page(). A pfn or an array of them.
+
+    0 where the process may not see PFNs (no CAP_SYS_ADMIN).
+    """
+    if isinstance(pfn, np.ndarray):
+        return pfn & np.uint64(HMM_PFN_FLAGS ^ 0xFFFF_FFFF_FFFF_FFFF)
+    return int(pfn) & ~HMM_PFN_FLAGS

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""Region: memory that pymirror mapped, as an object that exports a writable buffer.
+
+An address space keeps its Regions alive, and mapped, until munmap() or close(). After AddressSpace.close()
+the memory stays until the last view of it is gone, so that no array ever loses its bytes to a close.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from bisect import bisect_left, bisect_right, insort
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from ._shim import ffi, lib
+from .exporter import array_type, live_views
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+
+
+class Region:
+    """``size`` bytes of memory at ``addr``, mapped by AddressSpace.mmap() or mremap().
+
+    It is a ctypes array of bytes: index it, or make views with memoryview() or np.frombuffer(). ``prot``,
+    ``shared`` and ``huge`` (None, "thp", "hugetlb") are as it was mapped. ``fd`` is the Region's own
+    descriptor of the file or memfd behind it, -1 for private anonymous memory and once nothing of it is
+    left.
+
+    A view does not keep memory that AddressSpace.munmap() took away: touching it is then a SIGSEGV, as in C.
+    """
+
+    addr: int
+    size: int
+    prot: int
+    shared: bool
+    huge: str | None
+    mm: AddressSpace
+    _held: _Held
+    _heirs: list[Region]
+
+    @property
+    def fd(self) -> int:
+        return self._held.fd
+
+    @property
+    def left(self) -> list[tuple[int, int]]:
+        """The intervals [start, end) that are still this Region's own, in order of address."""
+        return list(self._held.extents)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing of it is left."""
+        return not self._held.extents
+
+    def close(self) -> None:
+        """Unmap what is left. Idempotent. BufferError while a view lives. A forked child leaves it alone."""
+        if self.closed or not self._held.here():
+            return
+        if views := live_views(self):
+            raise BufferError(
+                f"close: {views} view(s) of the Region at {self.addr:#x} live: del them first, or munmap() it"
+            )
+        for start, end in self.left:
+            self.mm._unmap_for_region(self, start, end)
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getitem__(self, index: Any) -> Any:
+        self._check_open()
+        return super().__getitem__(index)  # type: ignore[misc]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._check_open()
+        super().__setitem__(index, value)  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return self.size
+
+    if TYPE_CHECKING:
+
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
+    def __repr__(self) -> str:
+        state = "" if not self.closed else " closed"
+        return f"<Region {self.addr:#x}-{self.addr + self.size:#x}{state}>"
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"the Region at {self.addr:#x} is unmapped")
+
+
+class _Held:
+    """What a Region has to give back: mapped intervals and a descriptor. Its finalizer holds it."""
+
+    __slots__ = ("born_ns", "extents", "fd", "pid")
+
+    def __init__(self, start: int, end: int, fd: int) -> None:
+        self.extents = [(start, end)]
+        self.fd = fd
+        self.pid = os.getpid()
+        self.born_ns = time.monotonic_ns()
+
+    def here(self) -> bool:
+        """False in a forked child, whose descriptors and memory are not ours to take away."""
+        return os.getpid() == self.pid
+
+    def carve(self, start: int, end: int) -> None:
+        """[start, end) is no longer the Region's."""
+        pieces = [piece for s, e in self.extents for piece in ((s, min(e, start)), (max(s, end), e))]
+        self.extents[:] = [(s, e) for s, e in pieces if s < e]
+        if not self.extents:
+            self.close_fd()
+
+    def close_fd(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def release(self) -> None:
+        """Unmap what is left, without the address space: it is closed by now."""
+        if not self.here():
+            return
+        while self.extents:
+            start, end = self.extents.pop()
+            lib.pm_munmap(ffi.NULL, start, end - start)
+        self.close_fd()
+
+
+def make_region(
+    mm: AddressSpace, addr: int, size: int, *, prot: int, shared: bool, huge: str | None, fd: int
+) -> Region:
+    """A Region over memory that is mapped already; takes the descriptor over."""
+    region = cast(Region, array_type(size, Region).from_address(addr))
+    region.addr, region.size = addr, size
+    region.prot, region.shared, region.huge, region.mm = prot, shared, huge, mm
+    region._held = _Held(addr, addr + size, fd)
+    region._heirs = []
+    weakref.finalize(region, region._held.release).atexit = False
+    return region
+
+
+class RegionMap:
+    """Which Region owns which addresses of one mm."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._starts: list[int] = []
+        self._owned: dict[int, tuple[int, Region]] = {}
+
+    def __len__(self) -> int:
+        return len({id(region) for _, region in list(self._owned.values())})
+
+    @property
+    def bytes(self) -> int:
+        return sum(end - start for start, (end, _) in list(self._owned.items()))
+
+    def add(self, region: Region) -> None:
+        """What was mapped just now is the Region's: who had it before lost it behind our back."""
+        self.carve(region.addr, region.addr + region.size)
+        with self._lock:
+            for start, end in region._held.extents:
+                self._insert(start, end, region)
+
+    def overlapping(self, start: int, end: int) -> list[tuple[int, int, Region]]:
+        """The owned pieces inside [start, end), cut to it, in order."""
+        with self._lock:
+            return self._overlapping(start, end)
+
+    def carve(self, start: int, end: int, heir: Region | None = None) -> None:
+        """[start, end) leaves its Regions. They keep an ``heir``, which takes the memory over, alive."""
+        with self._lock:
+            pieces = self._overlapping(start, end)
+            for cut_start, cut_end, region in pieces:
+                self._cut(cut_start, cut_end, region)
+                region._held.carve(cut_start, cut_end)
+                if heir is not None:
+                    region._heirs.append(heir)
+
+    def clear(self) -> None:
+        with self._lock:
+            dropped = self._owned
+            self._starts, self._owned = [], {}
+        # Outside the lock: the last reference to a Region unmaps it.
+        del dropped
+
+    def _overlapping(self, start: int, end: int) -> list[tuple[int, int, Region]]:
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        owned = ((at, *self._owned[at]) for at in self._starts[first : bisect_left(self._starts, end)])
+        return [(max(at, start), min(stop, end), region) for at, stop, region in owned if stop > start]
+
+    def _insert(self, start: int, end: int, region: Region) -> None:
+        insort(self._starts, start)
+        self._owned[start] = (end, region)
+
+    def _cut(self, start: int, end: int, region: Region) -> None:
+        at = self._starts[bisect_right(self._starts, start) - 1]
+        stop, _ = self._owned.pop(at)
+        del self._starts[bisect_left(self._starts, at)]
+        if at < start:
+            self._insert(at, start, region)
+        if end < stop:
+            self._insert(end, stop, region)

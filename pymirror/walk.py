@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""The walk that snapshots and faults share: one native call a range, and what its refusals mean."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._shim import ffi, lib
+from .callback import may_wait
+from .errors import EHWPOISON, MirrorError, error
+from .event import Guarantee
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+    from .notifier import IntervalNotifier
+    from .pfn import PfnArray
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+#: Where user addresses end (x86-64, 4-level page tables).
+USER_END = 1 << 47
+
+FAULT: int = lib.PM_WALK_FAULT | lib.PM_WALK_VERIFY
+FAULT_NOBLOCK: int = FAULT | lib.PM_WALK_NOBLOCK
+SNAPSHOT: int = lib.PM_WALK_STRICT | lib.PM_WALK_VERIFY
+
+_WHY = {
+    errno.EAGAIN: "it would have to wait for I/O",
+    errno.EBUSY: "the range was invalidated during the walk",
+    errno.EFAULT: "a hole, or no access",
+    errno.EPERM: "the vma does not permit the access asked for",
+    errno.ENOMEM: "no memory to fault the pages in",
+}
+
+
+def check_interval(what: str, start: int, end: int, shift: int = PAGE_SHIFT) -> None:
+    """EINVAL unless [start, end) is an interval of user addresses, aligned to pages of 1 << shift bytes."""
+    page = 1 << shift
+    if start % page or end % page:
+        wrong = f"not aligned to pages of {page} bytes"
+    elif start == end:
+        wrong = "empty"
+    elif start > end:
+        wrong = "reversed"
+    elif start < 0 or end > USER_END:
+        wrong = f"beyond the address space (0-{USER_END:#x})"
+    else:
+        return
+    raise MirrorError(
+        errno.EINVAL,
+        f"{what}: [{start:#x}, {end:#x}) is {wrong}",
+        hint=f"give the first byte and the byte after the last, multiples of {page}",
+    )
+
+
+def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
+    """The error of a failed pm_walk().
+
+    -ESTALE is memory that changed with no event: its invalidation is made up for here, with the callbacks in
+    this thread, and the caller gets EBUSY, since its sequence number moved.
+    """
+    if ret == -errno.ESTALE:
+        start, end = walk.fail_start, walk.fail_end
+        detected(mm, start, end)
+        return MirrorError(
+            errno.EBUSY,
+            f"{what}: [{start:#x}, {end:#x}) had changed unseen and was invalidated now",
+            addr=start,
+            hint="take a new sequence number and go again",
+        )
+    why = _WHY.get(-ret)
+    addr = walk.fail_start if ret in (-errno.EFAULT, -errno.EPERM, -EHWPOISON, -errno.ENOMEM) else None
+    return error(-ret, f"{what}: {why}" if why else what, addr=addr, mm=mm)
+
+
+def detected(mm: AddressSpace, start: int, end: int) -> None:
+    """Deliver a change that was found by comparing page tables."""
+    with mm.invalidate(start, end, guarantee=Guarantee.DETECTED):
+        pass
+
+
+def hmm_range_fault(
+    sub: IntervalNotifier,
+    start: int,
+    end: int,
+    pfns: PfnArray,
+    *,
+    default_flags: int = 0,
+    pfn_flags_mask: int = 0,
+    seq: int,
+    dev_private_owner: object = None,
+) -> None:
+    """hmm_range_fault() as it is since 5.5: look at [start, end) and fault what is asked for.
+
+    ``pfns`` is a contiguous uint64 array with one entry a 4 KiB page: in, requests; out, HMM pfns. The
+    request of a page is ``(pfns[i] & pfn_flags_mask) | default_flags``. ``seq`` comes from
+    ``sub.read_begin()``, and the interval lies in the notifier's. Without a request a hole gives
+    HMM_PFN_ERROR and an absent page 0.
+
+    EBUSY: the sequence moved, begin again with read_begin(), the pfns are unusable. EFAULT: a page asked for
+    is in a hole or in a vma without access. EPERM: a write to a read-only vma. EINVAL, ENOMEM. ESRCH after
+    close(). EDEADLK in a callback or under a driver lock. ``dev_private_owner`` names whose device-private
+    pages count as present.
+    """
+    what = "hmm_range_fault"
+    may_wait(what)
+    check_interval(what, start, end)
+    if sub.start > start or end > sub.start + sub.length:
+        raise MirrorError(
+            errno.EINVAL,
+            f"{what}: [{start:#x}, {end:#x}) is not inside {sub!r}, whose sequence would say nothing of it",
+            hint="use a notifier that covers the range",
+        )
+    check_pfns(what, pfns, (end - start) >> PAGE_SHIFT)
+    mm = sub.mm
+    if not sub.watched:
+        mm.watch(start, end)
+    walk = ffi.new(
+        "struct pm_walk *",
+        {
+            "start": start,
+            "end": end,
+            "pfns": ffi.from_buffer("uint64_t[]", pfns, require_writable=True),
+            "default_flags": default_flags,
+            "pfn_flags_mask": pfn_flags_mask,
+            "flags": FAULT,
+            "sub": sub.native,
+            "seq": seq,
+        },
+    )
+    ret = lib.pm_walk(mm.native, walk)
+    if ret < 0:
+        raise walk_error(mm, walk, ret, what)
+
+
+def check_pfns(what: str, pfns: PfnArray, npages: int) -> None:
+    """EINVAL unless it is what native code may write to."""
+    if (
+        isinstance(pfns, np.ndarray)
+        and pfns.dtype == np.uint64
+        and pfns.flags.c_contiguous
+        and pfns.flags.writeable
+        and pfns.size == npages
+    ):
+        return
+    raise MirrorError(
+        errno.EINVAL,
+        f"{what}: pfns is not a writable contiguous array of {npages} uint64",
+        hint=f"np.zeros({npages}, np.uint64), one entry a 4 KiB page",
+    )
