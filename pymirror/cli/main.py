@@ -1,0 +1,134 @@
+"""The frame of the command line: parser, dispatch, exit codes.
+
+A subcommand is a small class in a module of its own. Its docstring is its help; `prepare_parser` declares its
+options and `run` does the work and returns the exit code. Nothing here knows what a subcommand does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from pymirror import __version__
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_REFUSED = 3
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+DESCRIPTION = "Linux HMM for user space: mirror real process memory in a software device."
+
+EPILOG = """\
+exit codes:
+  0    done, and all is well
+  1    done, and something is wrong: a checksum, a stale access, a scenario that differs
+  2    wrong usage
+  3    could not be done here: the system refused (the message names what is missing)
+  130  Ctrl-C (143: SIGTERM); what was mapped, forked or started has been cleaned up
+"""
+
+COMMANDS = {
+    "demo": ("pymirror.cli.demo", "DemoCommand"),
+    "replay": ("pymirror.cli.replay", "ReplayCommand"),
+}
+
+
+class Command(Protocol):
+    """What a subcommand offers to the frame."""
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+class CommandError(Exception):
+    """Ends a subcommand with a message for its user, without a traceback, and an exit code."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_FAILURE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def size(text: str) -> int:
+    """Bytes from `300M`, `2G`, `64KiB` or a plain number; an argparse type."""
+    number = text.strip().lower().removesuffix("ib").removesuffix("b")
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    unit = units.get(number[-1:], 1)
+    digits = number[:-1] if unit > 1 else number
+    try:
+        value = int(float(digits) * unit)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: write 256M, 2G or a number of bytes"
+        ) from None
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"a size must be positive, not {text!r}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pymirror",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pymirror {__version__}")
+    subparsers = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        _add_command(subparsers, name)
+    return parser
+
+
+def _add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
+    module, attribute = COMMANDS[name]
+    command: Command = getattr(importlib.import_module(module), attribute)()
+    text = inspect.getdoc(command) or ""
+    parser = subparsers.add_parser(
+        name,
+        help=text.partition("\n")[0],
+        description=text,
+        epilog="exit codes: see pymirror --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.prepare_parser(parser)
+    parser.set_defaults(command=command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `pymirror` with these arguments (default: sys.argv) and return the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.command.run(args)
+        sys.stdout.flush()
+    except CommandError as error:
+        return _complain(args.name, error, error.exit_code)
+    except BrokenPipeError:
+        _silence_stdout()
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        return _complain(args.name, error, EXIT_REFUSED)
+    except MemoryError as error:
+        return _complain(args.name, f"out of memory: {error}", EXIT_REFUSED)
+    except KeyboardInterrupt:
+        return _complain(args.name, "interrupted", EXIT_INTERRUPTED)
+    return code
+
+
+def _complain(name: str, what: object, code: int) -> int:
+    print(f"pymirror {name}: {what}", file=sys.stderr)
+    return code
+
+
+def _silence_stdout() -> None:
+    """The interpreter flushes stdout once more at exit, which would complain about the closed pipe."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
