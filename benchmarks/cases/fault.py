@@ -1,0 +1,126 @@
+"""Ranges: faulting what is there, what is not, and a single page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+
+import pymirror as pm
+from benchmarks.floors import floor
+from benchmarks.memory import PAGE, VALID_WRITE, expect, mirrored, small_pages
+from benchmarks.registry import Scale, Side, Sides, benchmark
+
+PM_PRESENT = 1 << 63
+PM_EXCLUSIVE = 1 << 56
+PM_FILE = 1 << 61
+PM_PFN_MASK = (1 << 55) - 1
+
+
+def timed_fault(rng: pm.Range) -> float:
+    start = perf_counter_ns()
+    rng.fault()
+    return perf_counter_ns() - start
+
+
+def expect_writable(pfns: np.ndarray, npages: int) -> None:
+    writable = np.count_nonzero((pfns & VALID_WRITE) == VALID_WRITE)
+    expect(writable == npages, f"{writable} of {npages} pages are valid and writable")
+
+
+@benchmark("fault-warm", goal=1.3, unit="us", rounds=100, setups=5)
+@contextmanager
+def fault_warm(scale: Scale) -> Iterator[Sides]:
+    """rng.fault() for writing of 64 MiB of present 4 KiB pages; against one pread of their pagemap."""
+    size = scale.size(64 * pm.MiB)
+    npages = size // PAGE
+    with (
+        floor("pagemap_read", size, work=npages) as bare,
+        mirrored(size) as (memory, rng),
+        open("/proc/self/pagemap", "rb", buffering=0) as pagemap,
+    ):
+
+        def ours() -> float:
+            ns = timed_fault(rng)
+            expect_writable(rng.pfns, npages)
+            return ns
+
+        def alternative(decode: Callable[[bytes], Any]) -> Side:
+            def one_round() -> float:
+                start = perf_counter_ns()
+                pfns = decode(os.pread(pagemap.fileno(), npages * 8, memory.start // PAGE * 8))
+                ns = perf_counter_ns() - start
+                expect_writable(np.asarray(pfns, np.uint64), npages)
+                return ns
+
+            return one_round
+
+        others = {"os.pread + numpy": alternative(by_numpy), "os.pread + loop": alternative(by_loop)}
+        yield Sides(ours, bare, others)
+
+
+def by_numpy(data: bytes) -> np.ndarray:
+    """The pfns of private anonymous memory as a user would get them who knows numpy."""
+    entries = np.frombuffer(data, np.uint64)
+    present = (entries & np.uint64(PM_PRESENT)) != 0
+    own = (entries & np.uint64(PM_EXCLUSIVE | PM_FILE)) == np.uint64(PM_EXCLUSIVE)
+    pfns = np.where(present, entries & np.uint64(PM_PFN_MASK | PM_PRESENT), np.uint64(0))
+    pfns[present & own] |= np.uint64(pm.HMM_PFN_WRITE)
+    return pfns
+
+
+def by_loop(data: bytes) -> list[int]:
+    """And one who does not."""
+    pfns = []
+    for entry in memoryview(data).cast("Q"):
+        if not entry & PM_PRESENT:
+            pfns.append(0)
+        elif entry & PM_EXCLUSIVE and not entry & PM_FILE:
+            pfns.append(entry & PM_PFN_MASK | PM_PRESENT | pm.HMM_PFN_WRITE)
+        else:
+            pfns.append(entry & PM_PFN_MASK | PM_PRESENT)
+    return pfns
+
+
+@benchmark("fault-cold", goal=1.15, unit="ms", rounds=24, setups=3, primed=False)
+@contextmanager
+def fault_cold(scale: Scale) -> Iterator[Sides]:
+    """rng.fault() for writing of 64 MiB never touched; against MADV_POPULATE_WRITE plus pread of pagemap."""
+    size = scale.size(64 * pm.MiB)
+    npages = size // PAGE
+    with floor("populate_read", size, work=npages) as bare, pm.AddressSpace() as mm, pm.Mirror(mm) as mirror:
+
+        def ours() -> float:
+            memory = small_pages(mm, size)
+            with mirror.range(memory.start, memory.end) as rng:
+                rng.default_flags = pm.HMM_PFN_REQ_FAULT | pm.HMM_PFN_REQ_WRITE
+                rng.wait_until_valid()
+                ns = timed_fault(rng)
+                expect_writable(rng.pfns, npages)
+            mm.munmap(memory.region.addr, memory.region.size)
+            return ns
+
+        yield Sides(ours, bare)
+
+
+@benchmark("fault-one-page", goal=4, unit="us", rounds=40, setups=2)
+@contextmanager
+def fault_one_page(scale: Scale) -> Iterator[Sides]:
+    """rng.fault() of one present page; against PROCMAP_QUERY plus an 8 byte pread of the pagemap."""
+    times = scale.count(2000)
+    with floor("query_read", times, work=times, per=times) as bare, mirrored(PAGE) as (_, rng):
+
+        def ours() -> float:
+            fault = rng.fault
+            start = perf_counter_ns()
+            for _ in range(times):
+                fault()
+            ns = perf_counter_ns() - start
+            expect_writable(rng.pfns, 1)
+            return ns / times
+
+        yield Sides(ours, bare)

@@ -1,0 +1,74 @@
+"""The floors: C programs of floor/ compiled with the shim's flags, children that do a round on request."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from benchmarks.registry import Side
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "benchmarks" / "floor"
+OUT = ROOT / "build" / "floor"
+
+
+class FloorError(RuntimeError):
+    """A floor could not be built, died, or did not do all of its work."""
+
+
+@cache
+def shim_flags() -> tuple[str, ...]:
+    spec = importlib.util.spec_from_file_location("build_shim", ROOT / "native" / "build_shim.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build_shim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_shim)
+    return tuple(build_shim.CFLAGS)
+
+
+@cache
+def build(name: str) -> Path:
+    """The program, compiled anew: it takes a tenth of a second, and is then never out of date."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    program = OUT / f"{name}.{os.getpid()}"
+    command = [*shlex.split(os.environ.get("CC", "cc")), *shim_flags(), "-Werror"]
+    command += [f"-I{ROOT / 'native'}", "-o", str(program), str(SOURCES / f"{name}.c")]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise FloorError(f"{shlex.join(command)}\n{done.stderr}")
+    return program.replace(OUT / name)
+
+
+@contextmanager
+def floor(name: str, *args: int, work: int, per: int = 1) -> Iterator[Side]:
+    """One round of the program a call, in nanoseconds, divided by ``per``.
+
+    ``work`` is what a round must report to have done: pages found present, bytes copied, calls made.
+    """
+    command = [str(build(name)), *map(str, args)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        requests, answers = child.stdin.fileno(), child.stdout
+
+        def one_round() -> float:
+            with suppress(BrokenPipeError):
+                os.write(requests, b"\n")
+            answer = answers.readline().split()
+            if not answer:
+                raise FloorError(f"{name} died")
+            ns, done = map(int, answer)
+            if done != work:
+                raise FloorError(f"{name} did {done} of {work}")
+            return ns / per
+
+        try:
+            yield one_round
+        finally:
+            child.kill()

@@ -1,0 +1,104 @@
+"""Interleaved rounds and what is made of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.registry import UNITS, Benchmark, Side, Sides
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One cost a round for each side; round i of all sides was measured together."""
+
+    ours: np.ndarray
+    floor: np.ndarray
+    alternatives: dict[str, np.ndarray]
+
+
+def measure(
+    setup: Callable[[], AbstractContextManager[Sides]], setups: int, rounds: int, *, primed: bool
+) -> Samples:
+    """The rounds, as evenly as it goes over the setups, with the collector off, as in timeit."""
+    setups = min(setups, rounds)
+    parts = []
+    for number in range(setups):
+        gc.collect()
+        with setup() as sides, collector_off():
+            parts.append(interleave(sides, (rounds + number) // setups, primed=primed))
+    return Samples(
+        np.concatenate([part.ours for part in parts]),
+        np.concatenate([part.floor for part in parts]),
+        {name: np.concatenate([part.alternatives[name] for part in parts]) for name in parts[0].alternatives},
+    )
+
+
+def interleave(sides: Sides, rounds: int, *, primed: bool) -> Samples:
+    """Ours, floor, alternatives, ours, floor, ..."""
+    every: list[Side] = [sides.ours, sides.floor, *sides.alternatives.values()]
+    costs = np.empty((rounds, len(every)))
+    for side in every:
+        side()
+    for row in costs:
+        for column, side in enumerate(every):
+            if primed:
+                side()
+            row[column] = side()
+    return Samples(costs[:, 0], costs[:, 1], dict(zip(sides.alternatives, costs[:, 2:].T, strict=True)))
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians in the benchmark's unit; their ratio; as the spread, the quartiles of the pairs' ratios."""
+
+    benchmark: Benchmark
+    ours: float
+    floor: float
+    ratio: float
+    spread: tuple[float, float]
+    goal: float | None
+    alternatives: dict[str, float]
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, samples: Samples, *, judged: bool) -> Result:
+        unit = UNITS[benchmark.unit]
+        ours, floor = float(np.median(samples.ours)), float(np.median(samples.floor))
+        low, high = np.percentile(samples.ours / samples.floor, [25, 75])
+        others = {name: float(np.median(costs)) / unit for name, costs in samples.alternatives.items()}
+        goal = benchmark.goal if judged else None
+        return cls(
+            benchmark, ours / unit, floor / unit, ours / floor, (float(low), float(high)), goal, others
+        )
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.goal is None else self.ratio <= self.goal
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "name": self.benchmark.name,
+            "ours": self.ours,
+            "floor": self.floor,
+            "ratio": self.ratio,
+            "spread": list(self.spread),
+            "goal": self.goal,
+            "unit": self.benchmark.unit,
+            "alternatives": self.alternatives,
+        }

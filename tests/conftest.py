@@ -1,0 +1,115 @@
+"""Fixtures and rules that hold for every test.
+
+A test leaves nothing behind (leaks.py). What this user or machine cannot run is left out and named at the
+end; with PYMIRROR_REQUIRE_ALL=1 leaving out is a failure, except for what this kernel does not have at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from leaks import Holdings, armed_seams, left_behind
+
+import pymirror as pm
+from pymirror.replay.hugepages import overcommit
+
+TESTS = Path(__file__).parent
+REQUIRE_ALL = os.environ.get("PYMIRROR_REQUIRE_ALL") == "1"
+NOT_HERE = "not on this kernel"
+CAP_SYS_ADMIN = 21
+HUGE_PAGES = 64
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", metavar="DIR", type=Path, default=TESTS / "golden", help="recordings of a real kernel"
+    )
+
+
+def has_capability(number: int) -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("hugetlb"):
+            item.fixturenames.append("hugepages")  # type: ignore[attr-defined]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and not has_capability(CAP_SYS_ADMIN):
+        pytest.skip("needs root (CAP_SYS_ADMIN)")
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def refuse_to_leave_out(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not REQUIRE_ALL or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = skip_reason(report)
+    if reason.startswith(NOT_HERE):
+        return
+    report.outcome = "failed"
+    report.longrepr = f"left out, which PYMIRROR_REQUIRE_ALL=1 forbids: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    refuse_to_leave_out(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    refuse_to_leave_out(report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = Counter(skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    for reason, times in reasons.most_common():
+        terminalreporter.write_line(f"left out, {times}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = Holdings.now()
+    yield
+    lines = armed_seams() + left_behind(before)
+    if lines:
+        pytest.fail("left behind:\n  " + "\n  ".join(lines), pytrace=False)
+
+
+@pytest.fixture
+def mm(nothing_left_behind: None) -> Iterator[pm.AddressSpace]:
+    """A fresh address space, closed afterwards."""
+    with pm.AddressSpace() as space:
+        yield space
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The folder of recordings, see its README."""
+    folder: Path = request.config.getoption("--golden")
+    return folder
+
+
+@pytest.fixture
+def hugepages() -> Iterator[None]:
+    """2 MiB hugetlb pages to be had, as many as HUGE_PAGES; root raises the limit for the test."""
+    with overcommit(HUGE_PAGES) as why_not:
+        if why_not:
+            pytest.skip(why_not)
+        yield

@@ -1,0 +1,157 @@
+"""The benchmarks at tiny sizes: they run, do the work, and give figures that add up. Nothing is timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pymirror as pm
+from benchmarks import cases, floors
+from benchmarks.__main__ import main
+from benchmarks.cases.fault import by_loop, by_numpy
+from benchmarks.measure import Result, Samples, measure
+from benchmarks.memory import PAGE, WorkError, expect, small_pages
+from benchmarks.registry import Benchmark, Scale, Sides, only_scale, registered
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = sorted(path.stem for path in floors.SOURCES.glob("*.c"))
+
+cases.load()
+
+
+def results(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, object]]:
+    capsys.readouterr()
+    assert main([*args, "--json", "--scale", "256", "--rounds", "2"]) == 0
+    return json.loads(capsys.readouterr().out)["results"]
+
+
+@pytest.mark.parametrize("name", registered())
+def test_a_benchmark_runs_and_gives_sane_figures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = results(capsys, name)
+    assert set(result) == {"name", "ours", "floor", "ratio", "spread", "goal", "unit", "alternatives"}
+    assert result["name"] == name
+    assert result["goal"] is None, "tiny sizes are not judged"
+    assert result["ours"] > 0
+    assert result["floor"] > 0
+    assert result["ratio"] == pytest.approx(result["ours"] / result["floor"])
+    low, high = result["spread"]
+    assert 0 < low <= high
+    assert all(cost > 0 for cost in result["alternatives"].values())
+
+
+def test_names_may_be_patterns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {one["name"] for one in results(capsys, "fault-*")} == {
+        "fault-warm",
+        "fault-cold",
+        "fault-one-page",
+    }
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no-such"):
+        main(["no-such"])
+
+
+def test_the_command_prints_the_machine_and_a_table() -> None:
+    command = [sys.executable, "-m", "benchmarks", "fault-one-page", "--scale", "256", "--rounds", "1"]
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    machine = json.loads(done.stdout)["machine"]
+    assert machine["pymirror"] == pm.__version__
+    assert machine["cpus"] >= 1
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "fault-one-page" in done.stdout
+    assert "ratio" in done.stdout
+
+
+def constant(cost: float, name: str, calls: list[str]) -> float:
+    calls.append(name)
+    return cost
+
+
+def test_rounds_are_interleaved_after_an_uncounted_one_each() -> None:
+    calls: list[str] = []
+    sides = Sides(lambda: constant(3, "ours", calls), lambda: constant(2, "floor", calls))
+    samples = measure(lambda: nullcontext(sides), 1, 3, primed=False)
+    assert calls == ["ours", "floor"] * 4
+    assert list(samples.ours) == [3, 3, 3]
+    calls.clear()
+    measure(lambda: nullcontext(sides), 1, 2, primed=True)
+    assert calls == ["ours", "floor"] + ["ours", "ours", "floor", "floor"] * 2
+
+
+@pytest.mark.parametrize(("setups", "rounds"), [(3, 7), (5, 2), (1, 1)])
+def test_all_rounds_are_spread_over_the_setups(setups: int, rounds: int) -> None:
+    made = []
+
+    def setup() -> nullcontext[Sides]:
+        made.append(1)
+        return nullcontext(Sides(lambda: 1.0, lambda: 1.0, {"other": lambda: 2.0}))
+
+    samples = measure(setup, setups, rounds, primed=False)
+    assert len(made) == min(setups, rounds)
+    assert len(samples.ours) == len(samples.floor) == len(samples.alternatives["other"]) == rounds
+
+
+def test_a_result_has_medians_their_ratio_and_the_quartiles_of_the_pairs() -> None:
+    ours, floor = np.array([2e3, 4e3, 6e3, 8e3, 100e3]), np.array([1e3, 4e3, 2e3, 4e3, 4e3])
+    benchmark = Benchmark("x", "work", 1.5, "us", 5, 1, False, only_scale, lambda scale: nullcontext())
+    result = Result.of(benchmark, Samples(ours, floor, {"other": ours * 2}), judged=True)
+    assert (result.ours, result.floor, result.ratio) == (6, 4, 1.5)
+    assert result.spread == (2, 3)
+    assert result.alternatives == {"other": 12}
+    assert result.met
+    assert Result.of(benchmark, Samples(ours, floor, {}), judged=False).met is None
+    assert not Result.of(benchmark, Samples(ours * 1.01, floor, {}), judged=True).met
+
+
+def test_the_alternatives_of_fault_warm_find_the_same_pfns() -> None:
+    with pm.AddressSpace() as mm, pm.Mirror(mm) as mirror:
+        memory = small_pages(mm, 64 * PAGE)
+        memory.bytes[:: 2 * PAGE] = 1
+        with mirror.range(memory.start, memory.end) as rng, open("/proc/self/pagemap", "rb") as pagemap:
+            rng.snapshot()
+            pagemap.seek(memory.start // PAGE * 8)
+            data = pagemap.read(64 * 8)
+            assert np.count_nonzero(rng.pfns) == 32
+            assert list(by_numpy(data)) == list(rng.pfns)
+            assert by_loop(data) == list(rng.pfns)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_floor_is_a_program_of_less_than_sixty_lines(name: str) -> None:
+    assert len((floors.SOURCES / f"{name}.c").read_text().splitlines()) < 60
+    assert floors.build(name).exists()
+
+
+def test_a_floor_that_did_not_do_its_work_is_an_error() -> None:
+    with (
+        floors.floor("pagemap_read", 16 * PAGE, work=17) as bare,
+        pytest.raises(floors.FloorError, match="16 of 17"),
+    ):
+        bare()
+
+
+def test_a_floor_that_died_is_an_error() -> None:
+    with (
+        floors.floor("vm_readv", 1 << 60, PAGE, work=1 << 60) as bare,
+        pytest.raises(floors.FloorError, match="died"),
+    ):
+        bare()
+
+
+def test_a_side_that_did_not_do_its_work_is_an_error() -> None:
+    with pytest.raises(WorkError, match="half"):
+        expect(False, "half")
+
+
+def test_scale_keeps_whole_pages_and_at_least_one() -> None:
+    assert Scale(256).size(64 << 20) == 256 << 10
+    assert Scale(1 << 30).size(64 << 20) == PAGE
+    assert Scale(7).size(64 << 20) % PAGE == 0
+    assert Scale(1 << 30).count(5) == 1
