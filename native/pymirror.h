@@ -140,13 +140,15 @@ int pm_pagemap_read(pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret);
 /* Watching ---------------------------------------------------------------------------------------- */
 
 enum pm_watch_flag {
-    PM_WATCH_FILES = 1 /* file mappings too (switches their fault-around off) */
+    PM_WATCH_FILES = 1, /* file mappings too (switches their fault-around off) */
+    PM_WATCH_EXACT = 2  /* the interval is a mapping of its own: do not go beyond it */
 };
 
 /*
- * Register [start, end) of every vma there with the watch descriptor, so that foreign munmap,
- * mremap, madvise and fork are reported. Idempotent. Vmas that cannot be watched (another
- * userfaultfd has them) are passed over. Returns the number of bytes now watched in the interval.
+ * Register every vma of [start, end) with the watch descriptor, so that foreign munmap, mremap, madvise and fork are reported.
+ * Vmas are watched whole: a registered part would be split off, and an mremap over the whole, which the kernel
+ * made in one move before, would fail. Idempotent. Vmas that cannot be watched (another userfaultfd has them) are passed over.
+ * Returns the number of bytes now watched in the interval.
  */
 int64_t pm_watch(pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags);
 int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end);

@@ -230,12 +230,23 @@ int pm_sys_ftruncate(int fd, uint64_t len)
     return err ? err : (int)result(ftruncate(fd, (off_t)len));
 }
 
+/* Not libc's wrapper: ThreadSanitizer would take the device's copy of what the CPU writes for a race of the shim. */
+static ssize_t vm_writev(const struct iovec *local, const struct iovec *remote)
+{
+    return result(syscall(SYS_process_vm_writev, getpid(), local, 1, remote, 1, 0));
+}
+
+/*
+ * Process_vm_writev turned round: what is read is the local side, touched by ordinary read faults, and the buffer is the
+ * remote one. process_vm_readv would pin the pages that it reads, and a pin gives a page that is shared with a forked child a
+ * copy of its own (FAULT_FLAG_UNSHARE, Linux 5.17): a read would change the page table.
+ */
 ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len)
 {
-    struct iovec local = {buf, len}, remote = {(void *)(uintptr_t)addr, len};
+    struct iovec local = {(void *)(uintptr_t)addr, len}, remote = {buf, len};
     int err = enter(PM_SYS_VM_READV);
 
-    return err ? err : result(process_vm_readv(getpid(), &local, 1, &remote, 1, 0));
+    return err ? err : vm_writev(&local, &remote);
 }
 
 ssize_t pm_sys_vm_writev(const void *buf, uint64_t addr, size_t len)
@@ -243,7 +254,7 @@ ssize_t pm_sys_vm_writev(const void *buf, uint64_t addr, size_t len)
     struct iovec local = {(void *)(uintptr_t)buf, len}, remote = {(void *)(uintptr_t)addr, len};
     int err = enter(PM_SYS_VM_WRITEV);
 
-    return err ? err : result(process_vm_writev(getpid(), &local, 1, &remote, 1, 0));
+    return err ? err : vm_writev(&local, &remote);
 }
 
 int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg)

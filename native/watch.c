@@ -14,7 +14,7 @@
 
 #include "internal.h"
 
-enum { LIST_SLACK = 64, AGAIN_LIMIT = 10000, CROWD = 1024 };
+enum { LIST_SLACK = 64, AGAIN_LIMIT = 10000 };
 
 static uint64_t wanted_features(const struct pm_mm *mm)
 {
@@ -195,51 +195,6 @@ static bool is_watched(struct pm_mm *mm, uint64_t start, uint64_t end)
     return covered;
 }
 
-/* Is there one huge page on both sides of addr? */
-static bool cuts_huge_page(struct pm_mm *mm, uint64_t addr)
-{
-    struct pm_abi_page_region found;
-    struct pm_abi_scan_arg scan = {
-        .size = sizeof(scan),
-        .start = addr,
-        .end = addr + PM_PAGE_SIZE,
-        .vec = (uint64_t)(uintptr_t)&found,
-        .vec_len = 1,
-        .category_mask = PM_ABI_PAGE_IS_HUGE,
-        .return_mask = PM_ABI_PAGE_IS_HUGE,
-    };
-
-    if (addr % PM_HUGE_SIZE == 0 || !pm_have(mm, PM_FEAT_PAGEMAP_SCAN))
-        return false;
-    return pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) > 0;
-}
-
-/* 0, or with many scattered ranges the size in which to register from now on: twice as large for every CROWD more. */
-static uint64_t crowded(struct pm_mm *mm)
-{
-    uint64_t crowds;
-
-    pm_lock(mm);
-    crowds = mm->nwatched / CROWD;
-    pm_unlock(mm);
-    return crowds ? PM_HUGE_SIZE << pm_min(crowds - 1, 20) : 0;
-}
-
-/*
- * A registration splits vmas at its ends, and huge pages with them: widen it to take such a page in whole. No further, since
- * the kernel merges vmas: what lies beyond may be the heap. But a process may have 65530 vmas only, and a million notifiers.
- */
-static void widen(struct pm_mm *mm, const struct pm_vma *vma, uint64_t *start, uint64_t *end)
-{
-    uint64_t crowd = crowded(mm), page = pm_max(vma->page_size, pm_max(PM_HUGE_SIZE, crowd));
-    bool always = crowd || vma->page_size > PM_PAGE_SIZE;
-
-    if (always || cuts_huge_page(mm, *start))
-        *start = pm_max(vma->start, *start & ~(page - 1));
-    if (*end < vma->end && (always || cuts_huge_page(mm, *end)))
-        *end = pm_min(vma->end, (*end + page - 1) & ~(page - 1));
-}
-
 static int uffd_register(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct uffdio_register reg = {.range = {start, end - start}, .mode = UFFDIO_REGISTER_MODE_WP};
@@ -248,7 +203,7 @@ static int uffd_register(struct pm_mm *mm, uint64_t start, uint64_t end)
 }
 
 /* Bytes of the interval that are watched now; a vma that refuses counts nothing. */
-static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
+static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, uint32_t flags)
 {
     uint64_t first = pm_max(start, vma->start), last = pm_min(end, vma->end);
     int64_t bytes = (int64_t)(last - first);
@@ -256,7 +211,10 @@ static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t st
 
     if (is_watched(mm, first, last))
         return bytes;
-    widen(mm, vma, &first, &last);
+    if (!(flags & PM_WATCH_EXACT)) {
+        first = vma->start;
+        last = vma->end;
+    }
     err = reserve(mm);
     if (err)
         return err;
@@ -284,7 +242,7 @@ static int64_t watch_interval(struct pm_mm *mm, uint64_t start, uint64_t end, ui
             continue;
         if ((vma.flags & PM_VMA_FILE) && !(vma.flags & PM_VMA_HUGETLB) && !(flags & PM_WATCH_FILES))
             continue;
-        n = watch_vma(mm, &vma, start, end);
+        n = watch_vma(mm, &vma, start, end, flags);
         if (n < 0)
             return n;
         total += n;

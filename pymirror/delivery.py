@@ -75,7 +75,8 @@ class Delivery:
             if refused and not range.blockable:
                 self.blocked = True
                 continue
-            self.started.append(notifier)
+            if notifier._wants_end:
+                self.started.append(notifier)
             if refused:
                 self._report(callback, errno.EAGAIN, f"returned {result}, but the range is blockable", _WAIT)
 

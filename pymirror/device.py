@@ -183,8 +183,8 @@ class Device:
             access.len = min(size - done, _CALL_BYTES)
             ret = self.page_table.access(mm, access)
             done += access.done
-            self._count_access(access, write, ret == 0 and done == size)
             if access.done:
+                self._count_access(access, write, ret == 0 and done == size)
                 faults.reset()
             if ret == 0:
                 continue

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._shim import ffi, lib
 from .event import WHOLE_MM_END, Event, Guarantee
-from .lock import held_driver_locks
+from .lock import driver_locks
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -84,7 +84,7 @@ def _locks(mm: AddressSpace, now: int) -> list[str]:
         lines.append(f"mmap lock: {held}")
     if mm._mmap_lock.waiting_writers:
         lines.append(f"mmap lock: {mm._mmap_lock.waiting_writers} writer(s) wait")
-    for lock in held_driver_locks():
+    for lock in driver_locks():
         owner = lock.owner
         if owner is not None:
             held = f"held for {_age(lock.since_ns, now)} by thread {_name(owner)}, at {where(owner)}"

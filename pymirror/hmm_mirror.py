@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import threading
 import weakref
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ._shim import lib
+from .encoding import encoding_of
 from .errors import MirrorError
 from .event import MmuNotifierRange
 from .hmm_range import Range
@@ -125,17 +127,26 @@ class Mirror(MmuNotifier):
         """hmm_mirror_mm_is_alive(): registered, and the mm is not being torn down."""
         return self._hmm is not None and not self._hmm.dead
 
-    def range(self, start: int, end: int, page_shift: int = PAGE_SHIFT) -> Range:
+    def range(
+        self,
+        start: int,
+        end: int,
+        page_shift: int = PAGE_SHIFT,
+        *,
+        flags: Sequence[int] | None = None,
+        values: Sequence[int] | None = None,
+        pfn_shift: int | None = None,
+    ) -> Range:
         """A Range over [start, end) bytes, not yet registered: use it as a context manager, or register() it.
 
         EINVAL: not aligned, empty, reversed, beyond the address space. With ``page_shift=21`` an entry of
-        ``pfns`` is a 2 MiB page, of hugetlb memory only.
+        ``pfns`` is a 2 MiB page, of hugetlb memory only. ``flags``, ``values`` and ``pfn_shift``, all three
+        or none, select the driver's own entries: see PfnEncoding.
         """
         not_in_callback("Mirror.range")
-        return Range(self, start, end, page_shift)
+        return Range(self, start, end, page_shift, encoding_of(flags, values, pfn_shift))
 
     def unregister(self, timeout: float = REMOVE_TIMEOUT) -> None:
-        """hmm_mirror_unregister(): no callback runs after it. Idempotent. Errors as MmuNotifier.unregister.
-        """
+        """hmm_mirror_unregister(): no callback runs after it. Idempotent. Errors as MmuNotifier's."""
         super().unregister(timeout)
         self._hmm = None

@@ -11,12 +11,14 @@ import numpy as np
 
 from ._shim import ffi, lib
 from .callback import may_wait
+from .encoding import EntryForm
 from .errors import MirrorError, check
 from .lock import not_in_callback
 from .notifier import KIND_RANGE, wait_read_begin
 from .walk import FAULT, FAULT_NOBLOCK, PAGE_SHIFT, SNAPSHOT, check_interval, walk_error
 
 if TYPE_CHECKING:
+    from .encoding import PfnEncoding
     from .hmm_mirror import Hmm, Mirror
     from .mm import AddressSpace
     from .pfn import PfnArray
@@ -30,21 +32,23 @@ _ALL = (1 << 64) - 1
 class Range:
     """[start, end) bytes of a mirror's mm, and what is known of its pages. Made by ``Mirror.range``.
 
-    ``pfns``       uint64 array, an entry a page. In: requests of fault(); out: HMM pfns. An invalidation
-    makes the range
-                   invalid and leaves them readable.
-    ``default_flags``, ``pfn_flags_mask``
-                   the request of a page is ``(pfns[i] & pfn_flags_mask) | default_flags``. As in the series
-                   they begin as 0 and all ones, so what an earlier walk found is asked for again: set
-                   the mask to 0 for one policy over the whole range.
-    ``valid``      no invalidation has overlapped since the last wait_until_valid() (or register()).
-    ``seq``        the sequence number of that moment.
+    ``pfns`` is a uint64 array, an entry a page. In: requests of fault(); out: what the walk found. An
+    invalidation makes the range invalid and leaves them readable; a failed walk does not.
 
-    One thread at a time uses a range; ``valid`` may be read by any.
+    ``default_flags`` and ``pfn_flags_mask``: the request of a page is ``(pfns[i] & pfn_flags_mask) |
+    default_flags``. As in the series they begin as 0 and all ones, so what an earlier walk found is asked for
+    again: set the mask to 0 for one policy over the whole range.
+
+    ``valid``: no invalidation has overlapped since the last wait_until_valid(), or register(); ``seq`` is
+    the sequence number of that moment.
+
+    ``encoding`` is None for the modern HMM_PFN_* bits, or the driver's own, see PfnEncoding. One thread at a
+    time uses a range; ``valid`` may be read by any.
     """
 
     __slots__ = (
         "__weakref__",
+        "_form",
         "_hmm",
         "_native_mm",
         "_pages",
@@ -53,6 +57,7 @@ class Range:
         "_seq",
         "_sub",
         "_walk",
+        "encoding",
         "end",
         "mirror",
         "mm",
@@ -61,8 +66,15 @@ class Range:
         "start",
     )
 
-    def __init__(self, mirror: Mirror, start: int, end: int, page_shift: int = PAGE_SHIFT) -> None:
-        """EINVAL: not aligned to 1 << page_shift, empty, reversed or beyond the address space."""
+    def __init__(
+        self,
+        mirror: Mirror,
+        start: int,
+        end: int,
+        page_shift: int = PAGE_SHIFT,
+        encoding: PfnEncoding | None = None,
+    ) -> None:
+        """EINVAL: not aligned to 1 << page_shift, empty, reversed or beyond the address space. ENOMEM."""
         if page_shift not in (PAGE_SHIFT, _HUGE_SHIFT):
             raise MirrorError(
                 errno.EINVAL, f"range: page_shift {page_shift}", hint="12, or 21 for 2 MiB hugetlb memory"
@@ -73,11 +85,16 @@ class Range:
         self.start = start
         self.end = end
         self.page_shift = page_shift
+        self.encoding = encoding
         self.npages = (end - start) >> page_shift
         self._native_mm = self.mm.native
         #: What native code works on: an entry a 4 KiB page.
-        self._pages: PfnArray = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
-        self._pfns = self._pages if page_shift == PAGE_SHIFT else np.zeros(self.npages, np.uint64)
+        self._pages: PfnArray = _new_array((end - start) >> PAGE_SHIFT)
+        self._pfns = self._pages
+        self._form: EntryForm | None = None
+        if page_shift != PAGE_SHIFT or encoding is not None:
+            self._form = EntryForm(self._pages, 1 << (page_shift - PAGE_SHIFT), encoding)
+            self._pfns = self._form.pfns
         self._walk = ffi.new("struct pm_walk *")
         self._walk.start = start
         self._walk.end = end
@@ -111,19 +128,19 @@ class Range:
 
     @property
     def default_flags(self) -> int:
-        return int(self._walk.default_flags)
+        return int((self._form or self._walk).default_flags)
 
     @default_flags.setter
     def default_flags(self, flags: int) -> None:
-        self._walk.default_flags = int(flags)
+        (self._form or self._walk).default_flags = int(flags) & _ALL
 
     @property
     def pfn_flags_mask(self) -> int:
-        return int(self._walk.pfn_flags_mask)
+        return int((self._form or self._walk).pfn_flags_mask)
 
     @pfn_flags_mask.setter
     def pfn_flags_mask(self, mask: int) -> None:
-        self._walk.pfn_flags_mask = int(mask) & _ALL
+        (self._form or self._walk).pfn_flags_mask = int(mask) & _ALL
 
     @property
     def sub(self) -> Any:
@@ -225,18 +242,19 @@ class Range:
         walk = self._walk
         walk.flags = flags
         walk.seq = seq
-        ret = lib.pm_walk(self._native_mm, walk) if self._pfns is self._pages else self._huge_walk(what)
+        ret = lib.pm_walk(self._native_mm, walk) if self._form is None else self._formed_walk(what)
         if ret < 0:
             raise self._failed(what, ret)
         return seq
 
-    def _huge_walk(self, what: str) -> int:
-        """An entry of ``pfns`` stands for a huge page: the first of its 4 KiB pages."""
-        per_huge = 1 << (self.page_shift - PAGE_SHIFT)
-        self._check_hugetlb(what)
-        self._pages[:] = np.repeat(self._pfns, per_huge)
+    def _formed_walk(self, what: str) -> int:
+        """The walk of a range whose entries are not those of native code."""
+        assert self._form is not None
+        if self.page_shift != PAGE_SHIFT:
+            self._check_hugetlb(what)
+        self._form.to_native()
         ret = int(lib.pm_walk(self._native_mm, self._walk))
-        self._pfns[:] = self._pages[::per_huge]
+        self._form.from_native()
         return ret
 
     def _check_hugetlb(self, what: str) -> None:
@@ -284,6 +302,15 @@ class Range:
         if ret == -errno.ESRCH and self._hmm is not None:
             self._hmm.check_alive(what)
         return walk_error(self.mm, self._walk, ret, what)
+
+
+def _new_array(npages: int) -> PfnArray:
+    try:
+        return np.zeros(npages, np.uint64)
+    except MemoryError:
+        raise MirrorError(
+            errno.ENOMEM, f"range: no memory for {npages} pfns", hint="mirror it in smaller ranges"
+        ) from None
 
 
 def hmm_range_snapshot(rng: Range) -> int:

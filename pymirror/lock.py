@@ -2,50 +2,61 @@
 """The driver's lock, the mm's read/write lock, and what a thread that holds one may not do.
 
 Lock order: the mmap lock, then a driver lock. A call that would turn it round, or wait for the thread that
-makes it, raises EDEADLK at once. Every wait ends at Ctrl-C.
+makes it, raises EDEADLK at once. Every wait ends at Ctrl-C. It may strike after any call, so what ends
+something looks at what is there, not at what should be, and may run twice.
 """
 
 from __future__ import annotations
 
+import _thread as _thread_module
 import errno
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from .errors import MirrorError
 
 
 class _ThreadState(threading.local):
-    """What this thread holds."""
+    """What this thread is in: callbacks, and the driver locks that it has taken and may have let go again."""
 
     def __init__(self) -> None:
-        self.driver_locks: list[DriverLock] = []
+        self.taken: list[DriverLock] = []
         self.callbacks: list[str] = []
 
 
 _thread = _ThreadState()
 # By id; single dict operations only, so that a fork at any moment leaves it usable.
-_held_locks: dict[int, DriverLock] = {}
+_locks: dict[int, weakref.ref[DriverLock]] = {}
 
 
-class DriverLock:
+class DriverLock(_thread_module.RLock):  # type: ignore[misc]
     """The driver's own lock, for its callbacks and where it programs the device (hmm.rst: driver->update).
 
     Not reentrant: a second acquire by the thread that holds it raises EDEADLK instead of hanging.
     """
 
+    # The end of a with block is the base's, in C: there Ctrl-C cannot leave the lock held. Nothing may have
+    # to be done at a release, and who holds what is asked of the locks.
+
     def __init__(self, name: str = "driver lock") -> None:
         self.name = name
-        self.owner: int | None = None
+        self.taken_by: int | None = None
         self.since_ns = 0
-        self._lock = threading.Lock()
+        key = id(self)
+        _locks[key] = weakref.ref(self, lambda _, forget=_locks.pop: forget(key, None))
 
     @property
     def held(self) -> bool:
         """Whether the calling thread holds it."""
-        return self.owner == threading.get_ident()
+        return bool(self._is_owned())
+
+    @property
+    def owner(self) -> int | None:
+        """The ident of the thread that holds it, for dumps."""
+        return self.taken_by if super().__repr__().startswith("<locked") else None
 
     def acquire(self, timeout: float = -1) -> bool:
         """Take it; with a timeout in seconds, False when it could not be had in time."""
@@ -55,55 +66,52 @@ class DriverLock:
                 f"acquire: this thread holds {self.name!r} already",
                 hint="do not call what takes the lock while holding it",
             )
-        if not self._lock.acquire(timeout=timeout):
-            return False
-        self.owner = threading.get_ident()
-        self.since_ns = time.monotonic_ns()
-        _thread.driver_locks.append(self)
-        _held_locks[id(self)] = self
+        try:
+            if not super().acquire(timeout=timeout):
+                return False
+            self.taken_by = threading.get_ident()
+            self.since_ns = time.monotonic_ns()
+            _thread.taken = [*held_here(), self]
+        except BaseException:
+            if self.held:
+                super().release()
+            raise
         return True
 
     def release(self) -> None:
         if not self.held:
-            raise MirrorError(
-                errno.EPERM, f"release: this thread does not hold {self.name!r}", hint="acquire() it first"
-            )
-        _thread.driver_locks.remove(self)
-        del _held_locks[id(self)]
-        self.owner = None
-        self._lock.release()
+            message = f"release: this thread does not hold {self.name!r}"
+            raise MirrorError(errno.EPERM, message, hint="acquire() it first")
+        super().release()
 
     def __enter__(self) -> DriverLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.release()
-
     def __repr__(self) -> str:
-        return f"<DriverLock {self.name!r} {'held' if self.owner is not None else 'free'}>"
+        return f"<DriverLock {self.name!r} {'free' if self.owner is None else 'held'}>"
 
 
-def held_driver_locks() -> list[DriverLock]:
-    """Driver locks that some thread holds now, for dumps."""
-    return list(_held_locks.values())
+def driver_locks() -> list[DriverLock]:
+    """Every driver lock there is, for dumps."""
+    return [lock for reference in list(_locks.values()) if (lock := reference()) is not None]
 
 
-def driver_locks_held_here() -> int:
-    """How many driver locks the calling thread holds."""
-    return len(_thread.driver_locks)
+def held_here() -> list[DriverLock]:
+    """The driver locks that the calling thread holds."""
+    return [lock for lock in _thread.taken if lock.held]
 
 
 @contextmanager
 def callback_scope(name: str) -> Iterator[None]:
     """Marks the calling thread as inside the callback ``name``."""
-    _thread.callbacks.append(name)
+    callbacks = _thread.callbacks
+    depth = len(callbacks)
     try:
+        callbacks.append(name)
         yield
     finally:
-        _thread.callbacks.pop()
+        del callbacks[depth:]
 
 
 def in_callback() -> str | None:
@@ -124,11 +132,11 @@ def not_in_callback(what: str) -> None:
 
 def not_under_driver_lock(what: str) -> None:
     """Raise EDEADLK when the calling thread holds a driver lock: callbacks that it would wait for take it."""
-    if not _thread.driver_locks:
+    if not (held := held_here()):
         return
     raise MirrorError(
         errno.EDEADLK,
-        f"{what}: this thread holds {_thread.driver_locks[-1].name!r}, which callbacks may need",
+        f"{what}: this thread holds {held[-1].name!r}, which callbacks may need",
         hint="release the driver lock first; the order is mmap lock, then driver lock",
     )
 
@@ -140,7 +148,10 @@ class MmapLock:
     """
 
     def __init__(self) -> None:
-        self._cond = threading.Condition()
+        # Entered as itself: Condition's own __enter__ is Python, and Ctrl-C could strike between it and the
+        # block.
+        self._lock = threading.RLock()
+        self._cond = threading.Condition(self._lock)
         self._readers: dict[int, int] = {}
         self._since_ns: dict[int, int] = {}
         self._writer: int | None = None
@@ -152,19 +163,27 @@ class MmapLock:
         """Hold it for reading: ESRCH once killed, EDEADLK, ETIMEDOUT after ``timeout`` seconds."""
         not_in_callback(what)
         not_under_driver_lock(what)
-        self._acquire_read(what, timeout)
+        before = self._readers.get(threading.get_ident(), 0)
         try:
-            yield
+            try:
+                self._acquire_read(what, timeout)
+                yield
+            finally:
+                self._release_read(before)
         finally:
-            self._release_read()
+            # Once more: Ctrl-C may have struck at the door of the first.
+            self._release_read(before)
 
     @contextmanager
     def write(self, what: str, timeout: float | None = None) -> Iterator[None]:
         """Hold it for writing: ESRCH once killed, EDEADLK, ETIMEDOUT after ``timeout`` seconds."""
         self.check_free(what)
-        self._acquire_write(what, timeout)
         try:
-            yield
+            try:
+                self._acquire_write(what, timeout)
+                yield
+            finally:
+                self._release_write()
         finally:
             self._release_write()
 
@@ -188,7 +207,7 @@ class MmapLock:
 
     def kill(self) -> None:
         """Every acquire from now on, and every one that waits, is ESRCH."""
-        with self._cond:
+        with self._lock:
             self._dead = True
             self._cond.notify_all()
 
@@ -208,25 +227,26 @@ class MmapLock:
         me = threading.get_ident()
         if self._writer == me:
             self.check_free(what)
-        with self._cond:
+        with self._lock:
             if me not in self._readers:
                 self._wait(what, timeout, lambda: self._writer is None and not self._waiting_writers)
                 self._since_ns[me] = time.monotonic_ns()
             self._readers[me] = self._readers.get(me, 0) + 1
 
-    def _release_read(self) -> None:
+    def _release_read(self, before: int) -> None:
+        """Back to as many read locks as this thread had before."""
         me = threading.get_ident()
-        with self._cond:
-            self._readers[me] -= 1
-            if self._readers[me]:
+        with self._lock:
+            if before:
+                self._readers[me] = before
                 return
-            del self._readers[me]
+            self._readers.pop(me, None)
             self._since_ns.pop(me, None)
             self._cond.notify_all()
 
     def _acquire_write(self, what: str, timeout: float | None) -> None:
         me = threading.get_ident()
-        with self._cond:
+        with self._lock:
             self._waiting_writers += 1
             try:
                 self._wait(what, timeout, lambda: self._writer is None and not self._readers)
@@ -238,8 +258,11 @@ class MmapLock:
                     self._cond.notify_all()
 
     def _release_write(self) -> None:
-        with self._cond:
-            self._since_ns.pop(threading.get_ident(), None)
+        me = threading.get_ident()
+        with self._lock:
+            if self._writer != me:
+                return
+            self._since_ns.pop(me, None)
             self._writer = None
             self._cond.notify_all()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from ._shim import ffi, lib
@@ -95,9 +95,19 @@ class MmBase:
         userfaultfd is missing.
         """
         self._check("watch")
-        return check(
-            lib.pm_watch(self.native, start, min(end, USER_END), lib.PM_WATCH_FILES if files else 0), "watch"
-        )
+        end = min(end, USER_END)
+        flags = lib.PM_WATCH_FILES if files else 0
+        total, at = 0, start
+        for piece_start, piece_end in self._regions.around(start, end):
+            if at < piece_start:
+                total += check(lib.pm_watch(self.native, at, piece_start, flags), "watch")
+            at = min(piece_end, end)
+            # A Region whole, and not the vma that the kernel may have merged it into: that may be the heap.
+            whole = check(lib.pm_watch(self.native, piece_start, piece_end, flags | lib.PM_WATCH_EXACT), "watch")
+            total += min(whole, at - max(piece_start, start))
+        if at < end:
+            total += check(lib.pm_watch(self.native, at, end, flags), "watch")
+        return total
 
     @contextmanager
     def _invalidation(
@@ -111,23 +121,29 @@ class MmBase:
     ) -> Iterator[MmuNotifierRange]:
         """One native invalidation with its callbacks. The native half ends before the end's callbacks."""
         begun, seq = ffi.new("pm_inv **"), ffi.new("uint64_t *")
-        with ExitStack() as stack:
-            # Entered before the call: Ctrl-C may strike as soon as it returns.
-            stack.callback(_end_native, begun)
-            ret = lib.pm_invalidate_start(
-                self.native, start, native_end(end), event, guarantee.native, begun, seq
-            )
-            check(ret, f"invalidate [{start:#x}, {end:#x})")
-            change = MmuNotifierRange(
-                cast("AddressSpace", self), start, end, event, owner, blockable, guarantee, seq[0]
-            )
-            token = self.notifiers.deliver_start(change)
-            lib.pm_invalidate_delivered(begun[0])
+        try:
             try:
-                yield change
+                ret = lib.pm_invalidate_start(
+                    self.native, start, native_end(end), event, guarantee.native, begun, seq
+                )
+                check(ret, f"invalidate [{start:#x}, {end:#x})")
+                change = MmuNotifierRange(
+                    cast("AddressSpace", self), start, end, event, owner, blockable, guarantee, seq[0]
+                )
+                token = self.notifiers.deliver_start(change)
+                lib.pm_invalidate_delivered(begun[0])
+                try:
+                    yield change
+                finally:
+                    try:
+                        _end_native(begun)
+                    finally:
+                        self.notifiers.deliver_end(change, token)
             finally:
-                stack.close()
-                self.notifiers.deliver_end(change, token)
+                _end_native(begun)
+        finally:
+            # Once more: Ctrl-C may have struck at the door of the others.
+            _end_native(begun)
 
     def _detected(self, start: int, end: int) -> None:
         """Deliver a change of [start, end) that was found by comparing page tables."""
@@ -168,6 +184,7 @@ class MmBase:
 
 
 def _end_native(begun: Any) -> None:
+    # Between the mark and the call there is no point at which Python looks for signals.
     ended, begun[0] = begun[0], ffi.NULL
     if ended:
         lib.pm_invalidate_end(ended)

@@ -65,6 +65,7 @@ class MmuNotifier:
         self._state = State.NEW
         not_in_callback("MmuNotifier")
         self.mm = mm
+        self._wants_end = type(self).invalidate_range_end is not MmuNotifier.invalidate_range_end
         self.__notifiers = mm.notifiers
         self.__notifiers.register(self)
 

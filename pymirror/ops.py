@@ -269,7 +269,7 @@ class MemoryOperations(MmBase):
         """Memory that is new inside a notifier's interval brings no event: watch it from its birth."""
         if lib.pm_overlapping(self.native, start, end, _ANY_KIND, ffi.NULL, 0) <= 0:
             return
-        watched = lib.pm_watch(self.native, start, end, 0)
+        watched = lib.pm_watch(self.native, start, end, lib.PM_WATCH_EXACT)
         if watched < 0:
             # The memory is good; only what changes behind our back is then found late, not reported.
             logger.warning("mmap: [%#x, %#x) is not watched: %s", start, end, os.strerror(-watched))

@@ -86,7 +86,7 @@ class PageTable:
         """
         not_in_callback("PageTable.map")
         if isinstance(target, Range):
-            start, pfns, sub = target.start, target._pages, target.sub
+            start, pfns, sub, buffer = target.start, target._pages, target.sub, target._walk.pfns
         else:
             if start is None or pfns is None:
                 raise MirrorError(
@@ -95,7 +95,7 @@ class PageTable:
                     hint="map(sub, seq, start, pfns), or map(rng, seq)",
                 )
             check_pfns("PageTable.map", pfns, pfns.size)
-            sub = target.native
+            sub, buffer = target.native, ffi.from_buffer("uint64_t[]", pfns)
         if sub is None:
             raise MirrorError(
                 errno.EINVAL, f"PageTable.map: {target!r} is not registered", hint="register() it"
@@ -106,7 +106,7 @@ class PageTable:
         if target.read_retry(seq):
             return False
         target.mm.watch(start, end, files=True)
-        ret = lib.pm_table_map(self._native, sub, seq, start, n, ffi.from_buffer("uint64_t[]", pfns))
+        ret = lib.pm_table_map(self._native, sub, seq, start, n, buffer)
         if ret in (-errno.EBUSY, -errno.ESRCH):
             return False
         check(ret, "PageTable.map", addr=start, mm=target.mm)

@@ -176,6 +176,12 @@ class RegionMap:
         with self._lock:
             return self._overlapping(start, end)
 
+    def around(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The owned pieces that [start, end) touches, whole, in order."""
+        with self._lock:
+            touched = {self._starts[bisect_right(self._starts, at) - 1] for at, _, _ in self._overlapping(start, end)}
+            return sorted((at, self._owned[at][0]) for at in touched)
+
     def carve(self, start: int, end: int, heir: Region | None = None) -> None:
         """[start, end) leaves its Regions. They keep an ``heir``, which takes the memory over, alive."""
         with self._lock:

@@ -141,7 +141,7 @@ def test_close_waits_for_readers_at_most_its_timeout(mm: pm.AddressSpace) -> Non
 
     reader = Background(read)
     entered.wait(10)
-    with pytest.raises(pm.MirrorError, match="held by .*read") as failed:
+    with pytest.raises(pm.MirrorError, match=r"held by .*read") as failed:
         mm.close(timeout=0.05)
     assert failed.value.errno == errno.ETIMEDOUT
     assert not mm.closed

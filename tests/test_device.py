@@ -1,4 +1,4 @@
-"""The software device: access by address, device faults, fenced and forgotten entries, and its page table."""
+"""The software device: reads and writes by address, and device faults."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import ctypes
 import errno
 import mmap
 import os
-import pickle
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from seams import WAIT_S, Background, errno_of, foreign, needs, points
+from mirroring import FaultDriver, filled
+from seams import errno_of
 
 import pymirror as pm
-from pymirror.page_table import PM_ENTRY_FENCED, PM_ENTRY_VALID, PM_ENTRY_WRITE
 
 PAGE = 4096
 WHOLE = 1 << 64
@@ -25,59 +23,14 @@ FAULT = pm.HMM_PFN_REQ_FAULT
 WRITE = pm.HMM_PFN_REQ_FAULT | pm.HMM_PFN_REQ_WRITE
 
 
-class Driver(pm.Mirror):
-    """A driver that maps what the device misses, one fault at a time, with the full retry loop."""
-
-    def __init__(self, mm: pm.AddressSpace) -> None:
-        self.device = pm.Device("d")
-        self.faults: list[pm.DeviceFault] = []
-        self.clears = True
-        super().__init__(mm)
-        self.device.set_fault_handler(self.handle)
-
-    def sync_cpu_device_pagetables(self, update: pm.MmuNotifierRange) -> None:
-        with self.lock:
-            if self.clears:
-                self.device.page_table.clear(update.start, update.end)
-
-    def handle(self, fault: pm.DeviceFault) -> None:
-        self.faults.append(fault)
-        self.map(fault.addr, fault.end, WRITE if fault.write else FAULT)
-
-    def map(self, start: int, end: int, flags: int = FAULT) -> None:
-        with self.range(start, end) as rng:
-            rng.default_flags = flags
-            while True:
-                rng.wait_until_valid(timeout=WAIT_S)
-                try:
-                    seq = rng.fault()
-                except pm.MirrorError as refused:
-                    if refused.errno not in (errno.EBUSY, errno.EAGAIN):
-                        raise
-                    continue
-                with self.lock:
-                    if rng.valid and self.device.page_table.map(rng, seq):
-                        return
-
-
 @pytest.fixture
-def driver(mm: pm.AddressSpace) -> Iterator[Driver]:
-    with Driver(mm) as driver:
+def driver(mm: pm.AddressSpace) -> Iterator[FaultDriver]:
+    with FaultDriver(mm) as driver:
         yield driver
 
 
-def filled(mm: pm.AddressSpace, pages: int, **how: Any) -> pm.Region:
-    buf = mm.mmap(pages * PAGE, **how)
-    np.frombuffer(buf, np.uint8)[:] = np.arange(buf.size, dtype=np.uint64) % 251
-    return buf
-
-
-def has(entries: Any, bit: int) -> list[bool]:
-    return ((entries & np.uint64(bit)) != 0).tolist()
-
-
 class TestReading:
-    def test_a_read_faults_once_and_gives_the_bytes(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_a_read_faults_once_and_gives_the_bytes(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 16)
         assert driver.device.read(mm, buf.addr, buf.size) == bytes(buf)
         assert [(fault.addr, fault.end, fault.write, fault.reason) for fault in driver.faults] == [
@@ -89,11 +42,13 @@ class TestReading:
         assert (stats.reads, stats.read_bytes, stats.missing, stats.faults) == (2, 2 * buf.size, 1, 1)
 
     @pytest.mark.parametrize(("offset", "n"), [(0, 1), (1, 1), (4095, 2), (4095, 1), (100, 3 * PAGE), (0, 0)])
-    def test_any_offset_and_length(self, mm: pm.AddressSpace, driver: Driver, offset: int, n: int) -> None:
+    def test_any_offset_and_length(
+        self, mm: pm.AddressSpace, driver: FaultDriver, offset: int, n: int
+    ) -> None:
         buf = filled(mm, 4)
         assert driver.device.read(mm, buf.addr + offset, n) == bytes(buf)[offset : offset + n]
 
-    def test_read_into_fills_any_writable_buffer(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_read_into_fills_any_writable_buffer(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 2)
         for into in (
             bytearray(2 * PAGE),
@@ -104,7 +59,7 @@ class TestReading:
             driver.device.read_into(mm, buf.addr, into)
             assert memoryview(into).cast("B")[:] == memoryview(buf).cast("B")[:]
 
-    def test_read_into_refuses_what_it_cannot_fill(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_read_into_refuses_what_it_cannot_fill(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 1)
         with pytest.raises(BufferError):
             driver.device.read_into(mm, buf.addr, bytes(16))
@@ -112,17 +67,17 @@ class TestReading:
             driver.device.read_into(mm, buf.addr, np.zeros(64, np.uint8)[::2])
 
     @pytest.mark.parametrize("how", [{}, {"shared": True}, {"huge": "thp"}])
-    def test_kinds_of_memory(self, mm: pm.AddressSpace, driver: Driver, how: dict[str, Any]) -> None:
+    def test_kinds_of_memory(self, mm: pm.AddressSpace, driver: FaultDriver, how: dict[str, Any]) -> None:
         buf = filled(mm, 1024, **how)
         assert driver.device.read(mm, buf.addr, buf.size) == bytes(buf)
         driver.device.write(mm, buf.addr + 10, b"hello")
         assert bytes(buf)[10:15] == b"hello"
 
     @pytest.mark.hugetlb
-    def test_hugetlb(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_hugetlb(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         self.test_kinds_of_memory(mm, driver, {"huge": "hugetlb"})
 
-    def test_a_file(self, mm: pm.AddressSpace, driver: Driver, tmp_path: Any) -> None:
+    def test_a_file(self, mm: pm.AddressSpace, driver: FaultDriver, tmp_path: Any) -> None:
         path = tmp_path / "file"
         path.write_bytes(b"\7" * 4 * PAGE)
         fd = os.open(path, os.O_RDWR)
@@ -132,20 +87,20 @@ class TestReading:
         driver.device.write(mm, buf.addr + PAGE, b"device")
         assert path.read_bytes()[PAGE : PAGE + 6] == b"device"
 
-    def test_never_touched_memory_reads_as_zeroes(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_never_touched_memory_reads_as_zeroes(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = mm.mmap(4 * PAGE)
         assert driver.device.read(mm, buf.addr, buf.size) == bytes(buf.size)
 
 
 class TestWriting:
-    def test_the_cpu_sees_what_the_device_wrote(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_the_cpu_sees_what_the_device_wrote(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 4)
         driver.device.write(mm, buf.addr + 100, np.arange(PAGE, dtype=np.uint16))
         assert bytes(buf)[100 : 100 + 2 * PAGE] == np.arange(PAGE, dtype=np.uint16).tobytes()
         assert driver.device.stats.write_bytes == 2 * PAGE
         assert [fault.reason for fault in driver.faults] == ["missing"]
 
-    def test_a_read_only_entry_faults_on_a_write(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_a_read_only_entry_faults_on_a_write(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = mm.mmap(PAGE)
         driver.device.read(mm, buf.addr, 1)
         driver.device.write(mm, buf.addr, b"x")
@@ -156,7 +111,7 @@ class TestWriting:
         assert bytes(buf)[:1] == b"x"
 
     def test_a_write_to_a_read_only_vma_is_the_handlers_eperm(
-        self, mm: pm.AddressSpace, driver: Driver
+        self, mm: pm.AddressSpace, driver: FaultDriver
     ) -> None:
         buf = filled(mm, 1)
         before = bytes(buf)
@@ -164,7 +119,7 @@ class TestWriting:
         assert errno_of(driver.device.write, mm, buf.addr, b"x") == errno.EPERM
         assert bytes(buf) == before
 
-    def test_what_precedes_a_hole_is_written(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_what_precedes_a_hole_is_written(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 2)
         start = buf.addr
         mm.munmap(start + PAGE, PAGE)
@@ -194,7 +149,7 @@ class TestFaults:
         assert 0.1 <= time.monotonic() - began < 2.0
         assert len(calls) > 1
 
-    def test_ebusy_of_the_handler_means_again(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_ebusy_of_the_handler_means_again(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 1)
         refusals = iter([errno.EBUSY, errno.EAGAIN])
 
@@ -207,7 +162,7 @@ class TestFaults:
         assert driver.device.read(mm, buf.addr, PAGE) == bytes(buf)
         assert driver.device.stats.missing == 3
 
-    def test_a_slow_handler_is_not_late(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_a_slow_handler_is_not_late(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 1)
         driver.device.fault_timeout = 0.01
 
@@ -218,7 +173,9 @@ class TestFaults:
         driver.device.set_fault_handler(handler)
         assert driver.device.read(mm, buf.addr, PAGE) == bytes(buf)
 
-    def test_other_errors_of_the_handler_end_the_access(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_other_errors_of_the_handler_end_the_access(
+        self, mm: pm.AddressSpace, driver: FaultDriver
+    ) -> None:
         buf = filled(mm, 1)
 
         def handler(fault: pm.DeviceFault) -> None:
@@ -228,7 +185,7 @@ class TestFaults:
         with pytest.raises(ZeroDivisionError):
             driver.device.read(mm, buf.addr, PAGE)
 
-    def test_a_hole_is_efault(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_a_hole_is_efault(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 1)
         start = buf.addr
         mm.munmap(start, PAGE)
@@ -238,18 +195,20 @@ class TestFaults:
 
     @pytest.mark.parametrize(("addr", "n"), [((1 << 47) - 1, 2), (1 << 47, 1), ((1 << 64) - 1, 1)])
     def test_beyond_the_address_space_is_einval(
-        self, mm: pm.AddressSpace, driver: Driver, addr: int, n: int
+        self, mm: pm.AddressSpace, driver: FaultDriver, addr: int, n: int
     ) -> None:
         assert errno_of(driver.device.read, mm, addr, n) == errno.EINVAL
 
-    def test_under_a_driver_lock_it_is_edeadlk(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_under_a_driver_lock_it_is_edeadlk(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = filled(mm, 1)
         with driver.lock:
             assert errno_of(driver.device.read, mm, buf.addr, 1) == errno.EDEADLK
             assert errno_of(driver.device.write, mm, buf.addr, b"x") == errno.EDEADLK
         assert driver.faults == []
 
-    def test_entries_of_another_address_space_are_exdev(self, mm: pm.AddressSpace, driver: Driver) -> None:
+    def test_entries_of_another_address_space_are_exdev(
+        self, mm: pm.AddressSpace, driver: FaultDriver
+    ) -> None:
         buf = filled(mm, 1)
         driver.device.read(mm, buf.addr, 1)
         with pm.AddressSpace() as other, pm.Mirror(other) as mirror:
@@ -261,274 +220,3 @@ class TestFaults:
                 assert driver.device.page_table.map(rng, rng.seq)
                 assert driver.device.read(other, buf.addr, PAGE) == bytes(buf)
             driver.device.page_table.clear(0, WHOLE)
-
-
-class TestFenceAndClear:
-    def test_an_operation_fences_and_the_callback_clears(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        buf = filled(mm, 4)
-        driver.map(buf.addr, buf.addr + buf.size)
-        table = driver.device.page_table
-        mm.madvise(buf.addr + PAGE, PAGE, mmap.MADV_DONTNEED)
-        assert has(table.entries(buf.addr, buf.addr + buf.size), PM_ENTRY_VALID) == [True, False, True, True]
-        assert table.stats()["entries"] == 3
-        assert driver.device.read(mm, buf.addr + PAGE, PAGE) == bytes(PAGE)
-
-    def test_access_before_the_callback_ran_is_an_ordinary_fault(
-        self, mm: pm.AddressSpace, driver: Driver
-    ) -> None:
-        buf = filled(mm, 1)
-        driver.map(buf.addr, buf.addr + PAGE)
-        table = driver.device.page_table
-        with points("INVALIDATE_FENCED") as fenced:
-            operation = Background(mm.madvise, buf.addr, PAGE, mmap.MADV_DONTNEED)
-            fenced.wait()
-            (entry,) = table.entries(buf.addr, buf.addr + PAGE)
-            assert entry & PM_ENTRY_FENCED
-            assert not entry & PM_ENTRY_VALID
-            read = Background(driver.device.read, mm, buf.addr, PAGE)
-            assert read.stays()
-            fenced.release()
-            operation.result()
-            assert read.result() == bytes(PAGE)
-        assert driver.device.stats.fenced >= 1
-        assert driver.device.stats.stale == 0
-
-    def test_a_forgotten_clear_is_found_out_with_both_histories(
-        self, mm: pm.AddressSpace, driver: Driver
-    ) -> None:
-        buf = filled(mm, 2)
-        driver.map(buf.addr, buf.addr + buf.size)
-        driver.clears = False
-        mm.madvise(buf.addr + PAGE, PAGE, mmap.MADV_DONTNEED)
-        assert driver.device.read(mm, buf.addr, PAGE) == bytes(buf)[:PAGE]
-        with pytest.raises(pm.StaleAccessError) as found:
-            driver.device.read(mm, buf.addr, buf.size)
-        stale = found.value
-        assert (stale.errno, stale.addr) == (errno.EFAULT, buf.addr + PAGE)
-        assert stale.mapped is not None
-        assert os.path.basename(stale.mapped.file) == "test_device.py"
-        assert stale.mapped.start == buf.addr
-        assert stale.invalidated is not None
-        assert (stale.invalidated.event, stale.invalidated.guarantee) == (pm.Event.CLEAR, "before")
-        assert (stale.invalidated.start, stale.invalidated.end) == (buf.addr + PAGE, buf.addr + 2 * PAGE)
-        for part in (
-            "test_device.py:",
-            "CLEAR",
-            "before",
-            f"{buf.addr + PAGE:#x}",
-            f"seq {stale.mapped.seq}",
-            "ms ago",
-        ):
-            assert part in str(stale)
-        assert driver.device.stats.stale == 1
-        copy = pickle.loads(pickle.dumps(stale))
-        assert (str(copy), copy.errno) == (str(stale), errno.EFAULT)
-        driver.device.page_table.clear(0, WHOLE)
-        driver.clears = True
-        assert driver.device.read(mm, buf.addr + PAGE, PAGE) == bytes(PAGE)
-
-    def test_mapping_again_over_fenced_entries_makes_them_good(
-        self, mm: pm.AddressSpace, driver: Driver
-    ) -> None:
-        buf = filled(mm, 1)
-        driver.map(buf.addr, buf.addr + PAGE)
-        driver.clears = False
-        mm.madvise(buf.addr, PAGE, mmap.MADV_DONTNEED)
-        assert driver.device.page_table.stats()["fenced"] == 1
-        driver.map(buf.addr, buf.addr + PAGE)
-        assert driver.device.page_table.stats()["fenced"] == 0
-        assert driver.device.read(mm, buf.addr, PAGE) == bytes(PAGE)
-
-    def test_a_read_that_an_invalidation_overtakes_is_done_again(
-        self, mm: pm.AddressSpace, driver: Driver
-    ) -> None:
-        buf = filled(mm, 1)
-        driver.map(buf.addr, buf.addr + PAGE)
-        with points("ACCESS_COPIED") as copied:
-            read = Background(driver.device.read, mm, buf.addr, PAGE)
-            copied.wait()
-            mm.madvise(buf.addr, PAGE, mmap.MADV_DONTNEED)
-            copied.release()
-            assert read.result() == bytes(PAGE)
-        assert driver.device.stats.redone == 1
-
-    def test_an_operation_waits_for_a_write_in_flight(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        buf = filled(mm, 1)
-        driver.map(buf.addr, buf.addr + PAGE, WRITE)
-        with points("ACCESS_LOOKED_UP") as looked_up:
-            write = Background(driver.device.write, mm, buf.addr, b"x" * PAGE)
-            looked_up.wait()
-            zap = Background(mm.madvise, buf.addr, PAGE, mmap.MADV_DONTNEED)
-            assert zap.stays()
-            looked_up.release()
-            write.result()
-            zap.result()
-        assert bytes(buf) == bytes(PAGE)
-
-    def test_memory_changed_unseen_is_detected_at_the_access(
-        self, mm: pm.AddressSpace, driver: Driver
-    ) -> None:
-        needs("pagemap")
-        buf = filled(mm, 2, shared=True)
-        driver.map(buf.addr, buf.addr + buf.size)
-        seen = []
-        sub = pm.IntervalNotifier(
-            mm, buf.addr, buf.size, lambda sub, range, seq: (sub.set_seq(seq), seen.append(range))
-        )
-        offset, length = ctypes.c_long(PAGE), ctypes.c_long(PAGE)
-        assert ctypes.CDLL(None).fallocate(buf.fd, 3, offset, length) == 0
-        assert driver.device.read(mm, buf.addr, buf.size) == bytes(buf)
-        assert driver.device.stats.detected == 1
-        (update,) = seen
-        assert (update.guarantee, update.start, update.end) == (
-            "detected",
-            buf.addr + PAGE,
-            buf.addr + 2 * PAGE,
-        )
-        sub.remove()
-
-    def test_a_foreign_munmap_is_never_read_through(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        needs("uffd_events")
-        buf = filled(mm, 2)
-        start = buf.addr
-        driver.map(start, start + 2 * PAGE)
-        foreign.munmap(start, 2 * PAGE)
-        assert errno_of(driver.device.read, mm, start, PAGE) == errno.EFAULT
-        mm.sync()
-        assert driver.device.page_table.stats()["entries"] == 0
-
-    def test_reader_against_a_thread_that_remaps(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        """Every page holds one value in all its bytes; a read that mixes two used a stale entry."""
-        buf = mm.mmap(16 * PAGE)
-        view = np.frombuffer(buf, np.uint8).reshape(16, PAGE)
-        stop = threading.Event()
-
-        def zap() -> int:
-            rounds = 0
-            while not stop.is_set():
-                mm.madvise(buf.addr, buf.size, mmap.MADV_DONTNEED)
-                rounds += 1
-                time.sleep(0.0003)
-            return rounds
-
-        zapper = Background(zap)
-        try:
-            for value in range(1, 200):
-                driver.device.write(mm, buf.addr, bytes([value]) * buf.size)
-                pages = np.frombuffer(driver.device.read(mm, buf.addr, buf.size), np.uint8).reshape(16, PAGE)
-                assert (pages == pages[:, :1]).all()
-                assert np.isin(pages[:, 0], (0, value)).all()
-        finally:
-            stop.set()
-            assert zapper.result() > 0
-        assert not mm.errors
-        assert driver.device.stats.stale == 0
-        assert view.shape == (16, PAGE)
-
-
-class TestPageTable:
-    def test_map_needs_the_sequence_of_now(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        buf = filled(mm, 2)
-        table = driver.device.page_table
-        with driver.range(buf.addr, buf.addr + buf.size) as rng:
-            rng.default_flags = WRITE
-            seq = rng.fault()
-            assert table.map(rng, seq)
-            entries = table.entries(buf.addr, buf.addr + buf.size)
-            assert has(entries, PM_ENTRY_VALID) == has(entries, PM_ENTRY_WRITE) == [True, True]
-            with mm.invalidate(buf.addr, buf.addr + PAGE):
-                assert not table.map(rng, seq)
-            assert not table.map(rng, seq)
-            assert table.stats() == {"entries": 1, "fenced": 0, "bytes": table.stats()["bytes"]}
-
-    def test_map_of_the_modern_form(self, mm: pm.AddressSpace) -> None:
-        buf = filled(mm, 4)
-        device = pm.Device("modern")
-
-        def take(sub: pm.IntervalNotifier, range: pm.MmuNotifierRange, seq: int) -> bool:
-            sub.set_seq(seq)
-            device.page_table.clear(range.start, range.end)
-            return True
-
-        sub = pm.IntervalNotifier(mm, 0, WHOLE, take)
-        pfns = np.zeros(4, np.uint64)
-        seq = sub.read_begin()
-        pm.hmm_range_fault(sub, buf.addr, buf.addr + buf.size, pfns, default_flags=FAULT, seq=seq)
-        assert device.page_table.map(sub, seq, buf.addr + PAGE, pfns[1:3])
-        assert device.read(mm, buf.addr + PAGE, 2 * PAGE) == bytes(buf)[PAGE : 3 * PAGE]
-        assert device.page_table.next() == buf.addr + PAGE
-        mm.madvise(buf.addr, buf.size, mmap.MADV_DONTNEED)
-        assert device.page_table.next() is None
-        assert not device.page_table.map(sub, seq, buf.addr, pfns)
-        assert errno_of(device.page_table.map, sub, seq) == errno.EINVAL
-        sub.remove()
-
-    def test_an_interval_notifier_maps_its_own_memory_only(self, mm: pm.AddressSpace) -> None:
-        buf = filled(mm, 2)
-        device = pm.Device("d")
-        sub = pm.IntervalNotifier(mm, buf.addr, PAGE, lambda sub, range, seq: sub.set_seq(seq))
-        pfns = np.full(1, pm.HMM_PFN_VALID, np.uint64)
-        assert errno_of(device.page_table.map, sub, sub.read_begin(), buf.addr + PAGE, pfns) == errno.EINVAL
-        sub.remove()
-
-    def test_pages_without_valid_are_left_out(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        buf = mm.mmap(4 * PAGE)
-        memoryview(buf).cast("B")[2 * PAGE] = 1
-        with driver.range(buf.addr, buf.addr + buf.size) as rng:
-            assert driver.device.page_table.map(rng, rng.snapshot())
-        assert driver.device.page_table.next(buf.addr, buf.addr + buf.size) == buf.addr + 2 * PAGE
-        assert driver.device.page_table.stats()["entries"] == 1
-
-    def test_clear_and_next(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        buf = filled(mm, 8)
-        table = driver.device.page_table
-        driver.map(buf.addr, buf.addr + buf.size)
-        assert table.clear(buf.addr + 2 * PAGE, buf.addr + 4 * PAGE) == 2
-        assert table.clear(buf.addr + 2 * PAGE, buf.addr + 4 * PAGE) == 0
-        assert table.clear(buf.addr, buf.addr) == 0
-        assert table.clear(buf.addr + PAGE, buf.addr) == 0
-        assert table.next(buf.addr + 2 * PAGE) == buf.addr + 4 * PAGE
-        assert table.next(buf.addr + 2 * PAGE, buf.addr + 4 * PAGE) is None
-        assert table.next(buf.addr, buf.addr) is None
-        assert table.clear(0, WHOLE) == 6
-        assert table.stats()["entries"] == 0
-
-    def test_mapping_file_memory_watches_it(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        needs("uffd_events")
-        buf = filled(mm, 4, shared=True)
-        with driver.range(buf.addr, buf.addr + buf.size) as rng:
-            rng.default_flags = FAULT
-            seq = rng.fault()
-            assert mm.stats()["watched_bytes"] == 0
-            assert driver.device.page_table.map(rng, seq)
-            assert mm.stats()["watched_bytes"] == buf.size
-
-    def test_wrong_use(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        buf = filled(mm, 1)
-        table = driver.device.page_table
-        assert errno_of(table.map, driver.range(buf.addr, buf.addr + PAGE), 1) == errno.EINVAL
-        for start, end in [(1, PAGE), (0, 1), (PAGE, PAGE), (PAGE, 0)]:
-            assert errno_of(table.entries, start, end) == errno.EINVAL
-
-    def test_a_device_lives_on_after_its_mm(self) -> None:
-        mm = pm.AddressSpace()
-        driver = Driver(mm)
-        buf = filled(mm, 1)
-        assert driver.device.read(mm, buf.addr, PAGE) == bytes(buf)
-        mm.close()
-        assert errno_of(driver.device.read, mm, buf.addr, PAGE) in (errno.EFAULT, errno.ESRCH)
-        driver.device.page_table.clear(0, WHOLE)
-        with pm.AddressSpace() as other, Driver(other) as again:
-            again.device = driver.device
-            driver.device.set_fault_handler(again.handle)
-            new = filled(other, 1)
-            assert driver.device.read(other, new.addr, PAGE) == bytes(new)
-
-    def test_a_forked_child(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        buf = filled(mm, 1)
-        driver.map(buf.addr, buf.addr + PAGE)
-        child = os.fork()
-        if child == 0:
-            bad = errno_of(driver.device.read, mm, buf.addr, 1)
-            os._exit(0 if bad == errno.ESRCH else 1)
-        assert os.waitpid(child, 0)[1] == 0

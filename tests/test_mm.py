@@ -236,9 +236,7 @@ def test_mremap_without_room_is_enomem_unless_it_may_move(mm: pm.AddressSpace, l
 def test_mremap_dontunmap_leaves_the_old_place_empty(mm: pm.AddressSpace, log: Log) -> None:
     region = pages(mm, 2)
     region[0] = 7
-    moved = mm.mremap(
-        region.addr, 2 * PAGE, 2 * PAGE, flags=pm.MREMAP_MAYMOVE | pm.MREMAP_DONTUNMAP
-    )
+    moved = mm.mremap(region.addr, 2 * PAGE, 2 * PAGE, flags=pm.MREMAP_MAYMOVE | pm.MREMAP_DONTUNMAP)
     assert log.take() == [("UNMAP", region.addr, region.addr + 2 * PAGE)]
     assert (moved[0], region[0]) == (7, 0)
     assert not region.closed
@@ -412,7 +410,7 @@ def test_hugetlb(mm: pm.AddressSpace, log: Log, shared: bool) -> None:
 
 
 def test_no_hugetlb_pages_is_enomem_with_the_command(mm: pm.AddressSpace) -> None:
-    with pytest.raises(pm.MirrorError, match="nr_overcommit_hugepages.*nr_hugepages") as failed:
+    with pytest.raises(pm.MirrorError, match=r"nr_overcommit_hugepages.*nr_hugepages") as failed:
         mm.mmap(1 << 45, huge="hugetlb")
     assert failed.value.errno == errno.ENOMEM
 
@@ -445,9 +443,7 @@ def test_an_operation_may_span_regions(mm: pm.AddressSpace) -> None:
     area = pages(mm, 8)
     to = range(area.addr, area.addr + area.size, 2 * PAGE)
     fixed = pm.MREMAP_MAYMOVE | pm.MREMAP_FIXED
-    regions = [
-        mm.mremap(pages(mm, 2).addr, 2 * PAGE, 2 * PAGE, flags=fixed, new_addr=addr) for addr in to
-    ]
+    regions = [mm.mremap(pages(mm, 2).addr, 2 * PAGE, 2 * PAGE, flags=fixed, new_addr=addr) for addr in to]
     assert area.closed
     mm.munmap(area.addr + PAGE, 6 * PAGE)
     assert [sum(end - start for start, end in region.left) for region in regions] == [PAGE, 0, 0, PAGE]

@@ -156,7 +156,11 @@ def test_a_view_of_before_a_resize_in_place_keeps_the_memory() -> None:
 def test_a_moved_region_keeps_its_kind_and_a_descriptor(mm: pm.AddressSpace) -> None:
     region = mm.mmap(2 * PAGE, shared=True, prot=mmap.PROT_READ)
     moved = mm.mremap(
-        region.addr, 2 * PAGE, 2 * PAGE, flags=pm.MREMAP_MAYMOVE | pm.MREMAP_FIXED, new_addr=mm.mmap(2 * PAGE).addr
+        region.addr,
+        2 * PAGE,
+        2 * PAGE,
+        flags=pm.MREMAP_MAYMOVE | pm.MREMAP_FIXED,
+        new_addr=mm.mmap(2 * PAGE).addr,
     )
     assert (moved.shared, moved.prot, moved.huge) == (True, mmap.PROT_READ, None)
     assert region.fd == -1

@@ -13,9 +13,9 @@ from pymirror.replay import FIELDS, FormatError, Result, Scenario, Summary, desc
 class ReplayCommand:
     """Replay recorded scenarios and compare: errno, data, protections, page counts, faults.
 
-    Each FILE holds one scenario a line: steps of the CPU and of devices, and what a real kernel gave for each.
-    They run on this process's real memory. Scenarios with steps that cannot be replayed are counted as
-    unsupported, never as equal.
+    Each FILE holds one scenario a line: steps of the CPU and of devices, and what a real kernel gave for
+    each. They run on this process's real memory. Scenarios with steps that cannot be replayed are counted
+    as unsupported, never as equal.
 
     A difference in `prot` is the host's own doing when the raw page table (pagemap, PAGEMAP_SCAN) itself is
     not what was recorded: these are marked `host`, and --show prints that evidence. The exit code is 1 when
@@ -28,9 +28,15 @@ class ReplayCommand:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("files", metavar="FILE", nargs="+", help="scenarios, one JSON object a line")
         parser.add_argument("--json", action="store_true", help="print the counts as one JSON object")
-        parser.add_argument("--verbose", action="store_true", help="print every differing step with its evidence")
         parser.add_argument(
-            "--show", metavar="ID", action="append", default=[], help="play only this scenario and print every step"
+            "--verbose", action="store_true", help="print every differing step with its evidence"
+        )
+        parser.add_argument(
+            "--show",
+            metavar="ID",
+            action="append",
+            default=[],
+            help="play only this scenario and print every step",
         )
 
     def run(self, args: argparse.Namespace) -> int:
@@ -73,7 +79,9 @@ def _print(summary: Summary, *, every_step: bool, evidence: bool) -> None:
         print(f"{'differ in' if name == FIELDS[0] else '':12}{counts['differ'][name]:6}  {name}")
     for result in summary.different:
         whose = "host" if result.shown_by_page_table else "different"
-        print(f"{whose:12}{result.scenario.id:>6}  {result.scenario.kind}: {', '.join(sorted(result.fields))}")
+        print(
+            f"{whose:12}{result.scenario.id:>6}  {result.scenario.kind}: {', '.join(sorted(result.fields))}"
+        )
     for reason, number in sorted(_reasons(summary).items()):
         print(f"{'left out':12}{number:6}  {reason}")
 

@@ -47,7 +47,7 @@ def fork(worker: Worker, chunk: Chunk) -> None:
 
 
 def _child(chunk: Chunk, go: tuple[int, int], result: int) -> NoReturn:
-    """Only this thread exists here: nothing but reading, and no way out but _exit. It ends with its parent."""
+    """Only this thread exists here: it reads, and _exit is the only way out. It ends with its parent."""
     try:
         # With its write end open here, the end of the parent would go unseen.
         os.close(go[1])

@@ -77,7 +77,7 @@ LINUX_6_12 = Quirks()
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a command gives: pages served, fault rounds it took, and bytes (a READ's pages, a SNAPSHOT's bytes)."""
+    """What a command gives: pages served, fault rounds, and bytes (a READ's pages, a SNAPSHOT's bytes)."""
 
     cpages: int
     faults: int = 0
@@ -95,9 +95,10 @@ class _Request:
 class Dmirror:
     """One open test device mirroring `mm`.
 
-    Commands come one at a time, as through one file descriptor; use two devices for two mirrors. Errors are
-    MirrorError: EFAULT (hole, or no access), EPERM (write to a read-only vma), EBUSY or ETIMEDOUT (invalidated
-    for longer than the quirks' fault_timeout), EINVAL (misaligned), ESRCH (the address space is closed).
+    Commands come one at a time, as through one file descriptor; use two devices for two mirrors. Errors
+    are MirrorError: EFAULT (hole, or no access), EPERM (write to a read-only vma), EBUSY or ETIMEDOUT
+    (invalidated for longer than the quirks' fault_timeout), EINVAL (misaligned), ESRCH (the address space
+    is closed).
     """
 
     def __init__(self, mm: AddressSpace, name: str = "hmm_dmirror0", *, quirks: Quirks = LINUX_6_12) -> None:
@@ -173,7 +174,7 @@ class Dmirror:
     def _range_fault(
         self, start: int, end: int, *, flags: int, program: bool, owner: object = None
     ) -> npt.NDArray[np.uint64]:
-        """hmm_range_fault() with the retry rule: the pfns, and with `program` the device's entries made of them."""
+        """hmm_range_fault() with the retry rule: the pfns; with `program` the entries too are made of them."""
         pfns = np.zeros((end - start) // PAGE, np.uint64)
         deadline = time.monotonic() + self.quirks.fault_timeout
         while True:

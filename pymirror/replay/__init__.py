@@ -1,4 +1,4 @@
-"""Replay of recorded scenarios: the same steps on this host's real memory, compared with what a real kernel did."""
+"""Replay of recorded scenarios: the same steps on this host's memory, compared with a real kernel."""
 
 from .engine import Result, Summary, play, play_all
 from .evidence import RawPage, describe, read_pages

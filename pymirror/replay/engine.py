@@ -15,7 +15,7 @@ from .stage import Stage
 
 @dataclass(slots=True)
 class Result:
-    """What a scenario gave, as the recording writes it, and the raw page table after each step that differs."""
+    """What a scenario gave, as recordings write it, and the raw page table after each step that differs."""
 
     scenario: Scenario
     left_out: str | None = None
@@ -75,7 +75,7 @@ class Summary:
 
 
 def play(scenario: Scenario) -> Result:
-    """Play one scenario in an address space of its own. What it cannot play it leaves out, with the reason."""
+    """Play one scenario in an address space of its own; what cannot be played is left out, with the reason."""
     result = Result(scenario, scenario.unsupported())
     if result.left_out is not None:
         return result
@@ -91,7 +91,7 @@ def play(scenario: Scenario) -> Result:
 
 
 def play_all(scenarios: Iterable[Scenario]) -> Summary:
-    """Play scenarios in order. Those of huge pages are left out where none are to be had (root can have them)."""
+    """Play scenarios in order. Those of hugetlb pages are left out where there are none to be had."""
     results = []
     with ExitStack() as stack:
         refused: str | None = None

@@ -70,7 +70,7 @@ def prot_shape(byte: int) -> tuple[bool, bool, bool]:
 
 
 def read_pages(addr: int, npages: int) -> list[RawPage]:
-    """The page-table entries of [addr, addr + npages pages), as pagemap, PAGEMAP_SCAN and kpageflags show them."""
+    """The entries of npages pages from addr, as pagemap, PAGEMAP_SCAN and kpageflags show them."""
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         raw = os.pread(fd, npages * 8, addr >> 9)

@@ -141,5 +141,3 @@ def _value(outcome: Outcome, field: str) -> object:
 def page_values(outcome: Outcome, field: str) -> bytes:
     """A run-length field of an outcome as one byte a page, empty where the outcome has none."""
     return expand(outcome.get(field) or ())
-
-

@@ -32,8 +32,9 @@ ADVICE = {"DONTNEED": 4, "REMOVE": 9, "POPULATE_READ": 22, "POPULATE_WRITE": 23}
 MADV_NOHUGEPAGE = 15
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 FILE_BASE = 0x40
-# Fault-around maps the aligned 64 KiB around a touch, so what a read brings in depends on where the mapping stands. In
-# the recordings mappings of files end 14 pages into such a block: every scenario that shows it agrees.
+# Fault-around maps the aligned 64 KiB around a touch, so what a read brings in depends on where the mapping
+# stands. In the recordings mappings of files end 14 pages into such a block, and what moves goes to just below
+# where it was: every scenario that shows it agrees.
 FILE_END = 14 * PAGE
 DEVICES = 2
 DEVICE_FILL = 0xEE
@@ -46,7 +47,7 @@ class Stage:
         self._mm = AddressSpace()
         self._regions: list[Region] = []
         self._fds: list[int] = []
-        # Open from the start, as in the recordings: memory is watched from its birth where a notifier covers it.
+        # Open from the start, as in the recordings: what a notifier covers is watched from its birth.
         self._mirrors = [Dmirror(self._mm, f"hmm_dmirror{number}") for number in range(DEVICES)]
         self._children: list[ForkedChild] = []
         self._addr = self._npages = 0
@@ -146,7 +147,7 @@ class Stage:
     def _mremap(self, _step: Step) -> dict[str, Any]:
         size = self._npages * PAGE
         with _errno() as outcome:
-            moved = self._move(self._addr, size, 0)
+            moved = self._move(self._addr, size, self._addr % HUGE)
             self._regions.append(moved)
             self._addr = moved.addr
         return outcome
@@ -156,9 +157,7 @@ class Stage:
         reserved = self._mm.mmap(size + 2 * HUGE, prot=PROT_NONE)
         self._regions.append(reserved)
         stop = -(-(reserved.addr + size) // HUGE) * HUGE + end
-        return self._mm.mremap(
-            addr, size, size, flags=MREMAP_MAYMOVE | MREMAP_FIXED, new_addr=stop - size
-        )
+        return self._mm.mremap(addr, size, size, flags=MREMAP_MAYMOVE | MREMAP_FIXED, new_addr=stop - size)
 
     def _cpu_write(self, step: Step) -> dict[str, Any]:
         self._first_bytes(step)[:] = _counting(step)
