@@ -2,7 +2,8 @@
 /*
  * fork.c - what libc's fork means for the contexts of this process.
  *
- * A fork write-protects the parent's private pages: an invalidation of the whole mm, begun before it and ended after it.
+ * A fork write-protects the parent's private pages: an invalidation of the whole mm but the shared mappings that are watched
+ * (a device maps no other), in one piece between each two of them, begun before it and ended after it.
  * The device lock is not held in between, since fork() waits for the monitor, which needs it. The child has none
  * of the threads: it closes the descriptors, which would keep the parent's registrations alive, and its contexts are dead.
  */
@@ -12,18 +13,32 @@
 
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
 
+static void open_piece(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_inv *inv = &mm->fork_inv[mm->fork_pieces];
+    struct pm_event event = {.start = start, .end = end, .type = PM_PROTECTION_PAGE, .guarantee = PM_BEFORE};
+
+    if (start == end && start)
+        return;
+    mm->fork_pieces++;
+    memset(inv, 0, sizeof(*inv));
+    event.seq = pm_inv_open(mm, inv, start, pm_last(end), PM_PROTECTION_PAGE, PM_BEFORE);
+    event.when_ns = inv->since_ns;
+    pm_queue_push(mm, &event);
+}
+
 static void prepare_mm(struct pm_mm *mm)
 {
-    struct pm_event event = {.type = PM_PROTECTION_PAGE, .guarantee = PM_BEFORE};
+    struct pm_watch_range shared[PM_FORK_PIECES - 1];
+    uint32_t n = pm_watch_shared(mm, shared, PM_FORK_PIECES - 1);
 
     pm_lock(mm);
     if (mm->fork_tid == 0 && atomic_load(&mm->state) == PM_MM_OPEN) {
-        memset(&mm->fork_inv, 0, sizeof(mm->fork_inv));
-        event.seq = pm_inv_open(mm, &mm->fork_inv, 0, UINT64_MAX, PM_PROTECTION_PAGE, PM_BEFORE);
-        event.when_ns = mm->fork_inv.since_ns;
         mm->fork_tid = pm_gettid();
+        mm->fork_pieces = 0;
+        for (uint32_t i = 0; i <= n; i++)
+            open_piece(mm, i ? shared[i - 1].end : 0, i < n ? shared[i].start : 0);
         mm->stats.events[PM_PROTECTION_PAGE]++;
-        pm_queue_push(mm, &event);
         pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     }
     pm_unlock(mm);
@@ -35,7 +50,8 @@ static void parent_mm(struct pm_mm *mm)
         return;
     pm_watch_after_fork(mm);
     pm_lock(mm);
-    pm_inv_close(mm, &mm->fork_inv);
+    while (mm->fork_pieces)
+        pm_inv_close(mm, &mm->fork_inv[--mm->fork_pieces]);
     mm->fork_tid = 0;
     pm_status_update(mm);
     pm_unlock(mm);

@@ -161,7 +161,7 @@ struct pm_inflight {
     bool voided; /* an invalidation passed: a read is discarded */
 };
 
-enum { PM_LINGER_MAX = 64, PM_QUEUE_DEFAULT = 1024 };
+enum { PM_FORK_PIECES = 16, PM_LINGER_MAX = 64, PM_QUEUE_DEFAULT = 1024 };
 
 struct pm_watch_range {
     uint64_t start, end;
@@ -190,7 +190,8 @@ struct pm_mm {
     atomic_uint_least64_t active;  /* length of invs */
     struct pm_inv *invs;
     struct pm_inv linger[PM_LINGER_MAX];
-    struct pm_inv fork_inv;
+    struct pm_inv fork_inv[PM_FORK_PIECES];
+    uint32_t fork_pieces;
     int fork_tid; /* thread inside a libc fork */
 
     struct pm_inode *subs;
@@ -281,8 +282,14 @@ int pm_watch_open(struct pm_mm *mm);
 void pm_unwatch_all(struct pm_mm *mm);
 void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end);   /* device lock held */
 void pm_watch_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len); /* device lock held */
+bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end); /* all of it, without a gap */
 /* Write-protect the present pages of watched private memory, so that writes after a fork show. */
 void pm_watch_after_fork(struct pm_mm *mm);
+/*
+ * The shared mappings that are watched, in order of address, the first `cap` of them, each with a page of the hole below, if
+ * there is one. Returns how many.
+ */
+uint32_t pm_watch_shared(struct pm_mm *mm, struct pm_watch_range *ret, uint32_t cap);
 
 /* monitor.c */
 int pm_monitor_start(struct pm_mm *mm);

@@ -10,7 +10,11 @@
 #include "pagemap.h"
 #include "populate.h"
 
-enum { AGAIN_LIMIT = 64, WAIT_CHUNK = 512 };
+enum {
+    AGAIN_LIMIT = 64,
+    WAIT_CHUNK = 512,
+    AROUND_SIZE = 64 * 1024, /* the kernel's fault_around_bytes */
+};
 
 static int populate(uint64_t start, uint64_t end, int advice)
 {
@@ -58,12 +62,12 @@ static int write_nothing(uint64_t start, uint64_t end)
     return n < 0 && n != -EFAULT ? (int)n : err;
 }
 
-/* Before MADV_POPULATE_*. */
+/* Before MADV_POPULATE_*. Reading last tells an address that cannot be faulted; reading first would fault its neighbours. */
 static int populate_by_copy(uint64_t start, uint64_t end, bool write)
 {
-    int err = read_pages(start, end);
+    int err = write ? write_nothing(start, end) : 0;
 
-    return err || !write ? err : write_nothing(start, end);
+    return err ? err : read_pages(start, end);
 }
 
 int pm_populate(struct pm_mm *mm, uint64_t start, uint64_t end, bool write)
@@ -73,6 +77,34 @@ int pm_populate(struct pm_mm *mm, uint64_t start, uint64_t end, bool write)
     if (pm_have(mm, PM_FEAT_PROCESS_VM))
         return populate_by_copy(start, end, write);
     return -EOPNOTSUPP;
+}
+
+/* Of [start, end), within one block of fault-around, what is in the page cache. Returns the pages asked for. */
+static uint64_t populate_cached(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    unsigned char cached[AROUND_SIZE >> PM_PAGE_SHIFT];
+    uint64_t addr = start, asked = 0;
+
+    if (start >= end || pm_sys_mincore(start, end - start, cached))
+        return 0;
+    while (addr < end) {
+        uint64_t first = addr;
+
+        while (addr < end && (cached[(addr - start) >> PM_PAGE_SHIFT] & 1))
+            addr += PM_PAGE_SIZE;
+        if (first < addr && pm_populate(mm, first, addr, false) == 0)
+            asked += (addr - first) >> PM_PAGE_SHIFT;
+        addr += PM_PAGE_SIZE;
+    }
+    return asked;
+}
+
+uint64_t pm_populate_around(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
+{
+    const uint64_t mask = AROUND_SIZE - 1;
+    uint64_t below = pm_max(vma->start, start & ~mask), above = pm_min(vma->end, (end + mask) & ~mask);
+
+    return populate_cached(mm, below, start) + populate_cached(mm, end, above);
 }
 
 bool pm_is_shmem(const struct pm_vma *vma)

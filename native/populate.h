@@ -14,6 +14,11 @@
  */
 int pm_populate(struct pm_mm *mm, uint64_t start, uint64_t end, bool write);
 /*
+ * A read of a page of a file maps what else of its aligned 64 KiB is in the page cache, but not in a vma that userfaultfd
+ * watches (uffd_disable_fault_around). This does it there, around the pages of [start, end). Returns the pages asked for.
+ */
+uint64_t pm_populate_around(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end);
+/*
  * Would that wait for I/O? 1 and the first such address, and the reading is started; else 0. `pfns` are those of
  * [start, end); pages that are VALID need no I/O.
  */

@@ -109,6 +109,11 @@ static int explain(struct block *b, uint64_t addr, bool write, int err)
     return err == -ENOMEM ? -ENOMEM : -EFAULT;
 }
 
+static bool loses_fault_around(const struct block *b, uint64_t start, uint64_t end)
+{
+    return (b->vma->flags & PM_VMA_FILE) && !(b->vma->flags & PM_VMA_HUGETLB) && pm_watched(b->mm, start, end);
+}
+
 static int populate_run(struct block *b, uint64_t i, uint64_t end)
 {
     bool write = wanted(b, i) & PM_PFN_WRITE;
@@ -124,6 +129,8 @@ static int populate_run(struct block *b, uint64_t i, uint64_t end)
     err = pm_populate(b->mm, start, addr_of(b, end), write);
     pm_point(PM_POINT_WALK_AFTER_POPULATE);
     b->walk->populated += end - i;
+    if (!err && !write && loses_fault_around(b, start, addr_of(b, end)))
+        b->walk->populated += pm_populate_around(b->mm, b->vma, start, addr_of(b, end));
     if (!err)
         return 0;
     if (read_pages(b, i, end, &lacking))

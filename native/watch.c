@@ -183,7 +183,7 @@ void pm_watch_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
     count_watched(mm);
 }
 
-static bool is_watched(struct pm_mm *mm, uint64_t start, uint64_t end)
+bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     bool covered;
     uint32_t i;
@@ -202,6 +202,39 @@ static int uffd_register(struct pm_mm *mm, uint64_t start, uint64_t end)
     return pm_sys_ioctl(mm->uffd, UFFDIO_REGISTER, &reg);
 }
 
+static int protect_run(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct uffdio_writeprotect wp = {.range = {start, end - start}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    int ret = 0;
+
+    for (int i = 0; i < AGAIN_LIMIT; i++) {
+        ret = pm_sys_ioctl(mm->uffd, UFFDIO_WRITEPROTECT, &wp);
+        if (ret != -EAGAIN && ret != -EINTR)
+            break;
+        sched_yield();
+    }
+    return ret;
+}
+
+/*
+ * A private hugetlb page that was only read is mapped read-only, and the pagemap does not show it. Protected while it is not
+ * there yet, which leaves a marker, it comes in with the uffd-wp bit and loses it when it is written.
+ */
+static void protect_absent_huge(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
+{
+    const uint64_t need = PM_ABI_UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+    uint64_t entry;
+
+    if ((vma->flags & (PM_VMA_HUGETLB | PM_VMA_SHARED)) != PM_VMA_HUGETLB)
+        return;
+    if (!pm_have(mm, PM_FEAT_UFFD_WP_ASYNC) || !(mm->features.uffd_features & need))
+        return;
+    for (uint64_t addr = start; addr < end; addr += vma->page_size) {
+        if (pm_pagemap_read(mm, addr, 1, &entry) == 0 && !(entry & PM_ABI_PAGEMAP_PRESENT))
+            protect_run(mm, addr, addr + vma->page_size);
+    }
+}
+
 /* Bytes of the interval that are watched now; a vma that refuses counts nothing. */
 static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, uint32_t flags)
 {
@@ -209,7 +242,7 @@ static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t st
     int64_t bytes = (int64_t)(last - first);
     int err;
 
-    if (is_watched(mm, first, last))
+    if (pm_watched(mm, first, last))
         return bytes;
     if (!(flags & PM_WATCH_EXACT)) {
         first = vma->start;
@@ -223,6 +256,7 @@ static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t st
         return err;
     if (err)
         return 0;
+    protect_absent_huge(mm, vma, first, last);
     pm_lock(mm);
     remember(mm, first, last);
     count_watched(mm);
@@ -366,20 +400,6 @@ static int protect_present(struct pm_mm *mm, uint64_t start, uint64_t end)
     return 0;
 }
 
-static int protect_run(struct pm_mm *mm, uint64_t start, uint64_t end)
-{
-    struct uffdio_writeprotect wp = {.range = {start, end - start}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
-    int ret = 0;
-
-    for (int i = 0; i < AGAIN_LIMIT; i++) {
-        ret = pm_sys_ioctl(mm->uffd, UFFDIO_WRITEPROTECT, &wp);
-        if (ret != -EAGAIN && ret != -EINTR)
-            break;
-        sched_yield();
-    }
-    return ret;
-}
-
 /* The same without PAGEMAP_SCAN: run by run. */
 static void protect_by_runs(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
@@ -416,24 +436,74 @@ static bool is_open(struct pm_mm *mm)
     return open;
 }
 
-void pm_watch_after_fork(struct pm_mm *mm)
+typedef void (*watched_fn)(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, void *arg);
+
+/* The watched part of every vma, in order. */
+static void each_watched(struct pm_mm *mm, watched_fn fn, void *arg)
 {
     struct pm_watch_range range = {0, 0};
     struct pm_vma vma;
 
-    if (!is_open(mm) || !pm_have(mm, PM_FEAT_UFFD_WP_ASYNC) || !pm_have(mm, PM_FEAT_PAGEMAP))
-        return;
     while (next_watched(mm, range.end, &range)) {
         uint64_t addr = range.start;
 
         while (addr < range.end && pm_vma_query(mm, addr, &vma) == 0 && vma.start < range.end) {
-            uint64_t start = pm_max(addr, vma.start), end = pm_min(vma.end, range.end);
-
+            fn(mm, &vma, pm_max(addr, vma.start), pm_min(vma.end, range.end), arg);
             addr = vma.end;
-            if (vma.flags & (PM_VMA_SHARED | PM_VMA_SPECIAL))
-                continue;
-            if (!pm_have(mm, PM_FEAT_PAGEMAP_SCAN) || protect_present(mm, start, end) != 0)
-                protect_by_runs(mm, start, end);
         }
     }
+}
+
+static void protect_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, void *arg)
+{
+    (void)arg;
+    if (vma->flags & (PM_VMA_SHARED | PM_VMA_SPECIAL))
+        return;
+    if (!pm_have(mm, PM_FEAT_PAGEMAP_SCAN) || protect_present(mm, start, end) != 0)
+        protect_by_runs(mm, start, end);
+}
+
+void pm_watch_after_fork(struct pm_mm *mm)
+{
+    if (is_open(mm) && pm_have(mm, PM_FEAT_UFFD_WP_ASYNC) && pm_have(mm, PM_FEAT_PAGEMAP))
+        each_watched(mm, protect_vma, NULL);
+}
+
+static bool is_hole(struct pm_mm *mm, uint64_t addr)
+{
+    struct pm_vma vma;
+
+    return pm_vma_query(mm, addr, &vma) != 0 || vma.start > addr;
+}
+
+struct shared {
+    struct pm_watch_range *ret;
+    uint32_t n, cap;
+};
+
+static void add_shared(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, void *arg)
+{
+    struct shared *shared = arg;
+
+    (void)mm;
+    if (!(vma->flags & PM_VMA_SHARED))
+        return;
+    if (shared->n && shared->ret[shared->n - 1].end == start)
+        shared->ret[shared->n - 1].end = end;
+    else if (shared->n < shared->cap)
+        shared->ret[shared->n++] = (struct pm_watch_range){start, end};
+}
+
+uint32_t pm_watch_shared(struct pm_mm *mm, struct pm_watch_range *ret, uint32_t cap)
+{
+    struct shared shared = {.ret = ret, .cap = cap};
+
+    if (is_open(mm))
+        each_watched(mm, add_shared, &shared);
+    /* The kernel's intervals end where a vma ends, so drivers get away with dropping the page after (test_hmm does). */
+    for (uint32_t i = 0; i < shared.n; i++) {
+        if (is_hole(mm, ret[i].start - PM_PAGE_SIZE))
+            ret[i].start -= PM_PAGE_SIZE;
+    }
+    return shared.n;
 }

@@ -183,13 +183,15 @@ class Device:
             access.len = min(size - done, _CALL_BYTES)
             ret = self.page_table.access(mm, access)
             done += access.done
+            if ret not in (0, -errno.EFAULT):
+                raise error(-ret, what, addr=addr + done, mm=mm)
+            self._count_access(access, write, ret == 0 and done == size)
             if access.done:
-                self._count_access(access, write, ret == 0 and done == size)
                 faults.reset()
             if ret == 0:
                 continue
-            if ret != -errno.EFAULT or access.fault == lib.PM_FAULT_NONE:
-                raise error(-ret, what, addr=addr + done, mm=mm)
+            if access.fault == lib.PM_FAULT_NONE:
+                raise error(errno.EFAULT, what, addr=addr + done, mm=mm)
             faults.again(what, access)
             faults.refused = self._fault(mm, access, addr + size, what)
 

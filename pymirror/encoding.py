@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How the entries of ``Range.pfns`` are written: the driver's own bits (``range->flags``, ``->values``), or
-huge pages.
+"""How the entries of ``Range.pfns`` are written: in the driver's own bits, or one for a huge page.
 
 Native code works on modern HMM pfns, one a 4 KiB page. A range that wants other bits, or an entry for each 2
 MiB page, has its entries translated before and after each walk.
@@ -88,9 +87,7 @@ class PfnEncoding:
 
 
 class EntryForm:
-    """What the driver sees as ``pfns``, over the array that native code works on. Requests are in the
-    driver's bits.
-    """
+    """What the driver sees as ``pfns``, over the array that native code works on."""
 
     __slots__ = ("default_flags", "encoding", "pages", "per_entry", "pfn_flags_mask", "pfns")
 
@@ -118,13 +115,14 @@ class EntryForm:
 def encoding_of(
     flags: Sequence[int] | None, values: Sequence[int] | None, pfn_shift: int | None
 ) -> PfnEncoding | None:
-    """The encoding that a range was given; None for the modern one. EINVAL when only a part of it is there.
-    """
+    """The encoding that a range was given; None for the modern one. EINVAL when a part of it is missing."""
     if flags is None and values is None and pfn_shift is None:
         return None
     if flags is None or values is None or pfn_shift is None or len(flags) != 3 or len(values) != 3:
         raise MirrorError(
-            errno.EINVAL, "range: flags (valid, write, device private), values (error, none, special) and
-            pfn_shift go together", hint="give all three, or none of them",
+            errno.EINVAL,
+            "range: flags (valid, write, device private), values (error, none, special), pfn_shift: a part is"
+            " missing",
+            hint="give all three, or none of them",
         )
     return PfnEncoding((flags[0], flags[1], flags[2]), (values[0], values[1], values[2]), pfn_shift)

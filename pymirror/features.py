@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from ._shim import ffi, lib
@@ -47,7 +46,12 @@ class Feature:
     grant: str
 
 
-_CAPABLE = "sudo setcap {cap}+ep {python}   # or run as root"
+# Not setcap on the interpreter: a process with file capabilities is not dumpable, and its own
+# /proc/self/pagemap is closed to it.
+_CAPABLE = (
+    "sudo setpriv --reuid=$USER --init-groups --inh-caps=+sys_admin,+sys_ptrace"
+    " --ambient-caps=+sys_admin,+sys_ptrace {python} ...   # or run as root"
+)
 _UFFD = "sudo setfacl -m u:$USER:rw /dev/userfaultfd   # or: sudo sysctl -w vm.unprivileged_userfaultfd=1"
 _PROC = "sudo mount -t proc proc /proc   # the process needs its own /proc, readable"
 
@@ -98,7 +102,7 @@ FEATURES: tuple[Feature, ...] = (
         "a fork by a raw clone() is not seen; os.fork() and libc's fork() are",
         "4.11",
         "CONFIG_USERFAULTFD=y",
-        _CAPABLE.replace("{cap}", "cap_sys_ptrace"),
+        _CAPABLE,
     ),
     Feature(
         "move",
@@ -119,7 +123,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "pagemap",
         lib.PM_FEAT_PAGEMAP,
-        "presence comes from mincore() alone, and changes behind pymirror's back are not found",
+        "ranges cannot be looked at or faulted: fault() and snapshot() raise FeatureError",
         "4.2",
         "CONFIG_PROC_PAGE_MONITOR=y",
         _PROC,
@@ -130,7 +134,7 @@ FEATURES: tuple[Feature, ...] = (
         "pfns carry presence only, and a page that was exchanged for another is not noticed",
         "4.2",
         "CONFIG_PROC_PAGE_MONITOR=y",
-        _CAPABLE.replace("{cap}", "cap_sys_admin"),
+        _CAPABLE,
     ),
     Feature(
         "pagemap_scan",
@@ -285,7 +289,5 @@ def _command(feature: Feature, why: int) -> str:
     return feature.grant.replace("{python}", _interpreter())
 
 
-@cache
 def _interpreter() -> str:
-    """The file that capabilities would be given to: setcap does not follow symbolic links."""
-    return os.path.realpath(sys.executable) if sys.executable else "python3"
+    return sys.executable or "python3"

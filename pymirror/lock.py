@@ -71,7 +71,7 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
                 return False
             self.taken_by = threading.get_ident()
             self.since_ns = time.monotonic_ns()
-            _thread.taken = [*held_here(), self]
+            _thread.taken = [*(lock for lock in held_here() if lock is not self), self]
         except BaseException:
             if self.held:
                 super().release()

@@ -33,8 +33,6 @@ _FAULT_DELIVERY = ("thread", "inline")
 _ERRORS_KEPT = 256
 _EXIT_TIMEOUT = 10.0
 
-# A Region younger than this at an UNMAP may have been mapped after it.
-_SUCCESSOR_NS = 100_000_000
 
 # By id; single dict operations only, so that a fork at any moment leaves it usable.
 _open: dict[int, weakref.ref[AddressSpace]] = {}
@@ -210,22 +208,21 @@ class AddressSpace(MemoryOperations):
         event = ffi.new("struct pm_event *")
         while lib.pm_event_wait(self.native, 0, event) == 0:
             if event.type == Event.UNMAP and not event.flags & lib.PM_EV_OVERFLOW:
-                self._foreign_unmap(event.start, python_end(event.end), event.when_ns)
+                self._foreign_unmap(event.start, python_end(event.end))
             lib.pm_event_done(self.native)
 
-    def _foreign_unmap(self, start: int, end: int, when_ns: int) -> None:
+    def _foreign_unmap(self, start: int, end: int) -> None:
         """Memory unmapped or moved behind our back is no Region's any more: none may unmap what is there now.
 
-        When the event, read at ``when_ns``, is taken up, a new Region may have the address already.
+        What is mapped there when the event is taken up may be another's, or a Region younger than the event.
+        So it stays the Region's, but is not unmapped unasked.
         """
         for first, last, region in self._regions.overlapping(start, end):
-            if region._held.born_ns + _SUCCESSOR_NS < when_ns:
-                self._regions.carve(first, last)
-                continue
-            # ESRCH: the mm is closed, and who looked last knows best.
+            region._held.doubtful.append((first, last))
+            # ESRCH: the mm is closed.
             with suppress(MirrorError):
                 for hole in self._holes(first, last):
-                    self._regions.carve(*hole)
+                    self._regions.carve(*hole, only=region)
 
     def _holes(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         at = start

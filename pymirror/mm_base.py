@@ -103,7 +103,9 @@ class MmBase:
                 total += check(lib.pm_watch(self.native, at, piece_start, flags), "watch")
             at = min(piece_end, end)
             # A Region whole, and not the vma that the kernel may have merged it into: that may be the heap.
-            whole = check(lib.pm_watch(self.native, piece_start, piece_end, flags | lib.PM_WATCH_EXACT), "watch")
+            whole = check(
+                lib.pm_watch(self.native, piece_start, piece_end, flags | lib.PM_WATCH_EXACT), "watch"
+            )
             total += min(whole, at - max(piece_start, start))
         if at < end:
             total += check(lib.pm_watch(self.native, at, end, flags), "watch")

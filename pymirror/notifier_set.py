@@ -160,7 +160,7 @@ class NotifierSet:
             overflow=bool(event.flags & lib.PM_EV_OVERFLOW),
         )
         if range.event is Event.UNMAP and not range.overflow:
-            mm._foreign_unmap(range.start, range.end, event.when_ns)
+            mm._foreign_unmap(range.start, range.end)
         self.deliver_end(range, self.deliver_start(range, event.when_ns / 1e9))
 
     def release(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from bisect import bisect_left, bisect_right, insort
 from types import TracebackType
@@ -102,13 +101,13 @@ class Region:
 class _Held:
     """What a Region has to give back: mapped intervals and a descriptor. Its finalizer holds it."""
 
-    __slots__ = ("born_ns", "extents", "fd", "pid")
+    __slots__ = ("doubtful", "extents", "fd", "pid")
 
     def __init__(self, start: int, end: int, fd: int) -> None:
         self.extents = [(start, end)]
         self.fd = fd
         self.pid = os.getpid()
-        self.born_ns = time.monotonic_ns()
+        self.doubtful: list[tuple[int, int]] = []
 
     def here(self) -> bool:
         """False in a forked child, whose descriptors and memory are not ours to take away."""
@@ -130,6 +129,8 @@ class _Held:
         """Unmap what is left, without the address space: it is closed by now."""
         if not self.here():
             return
+        for start, end in self.doubtful:
+            self.carve(start, end)
         while self.extents:
             start, end = self.extents.pop()
             lib.pm_munmap(ffi.NULL, start, end - start)
@@ -179,16 +180,19 @@ class RegionMap:
     def around(self, start: int, end: int) -> list[tuple[int, int]]:
         """The owned pieces that [start, end) touches, whole, in order."""
         with self._lock:
-            touched = {self._starts[bisect_right(self._starts, at) - 1] for at, _, _ in self._overlapping(start, end)}
+            touched = {
+                self._starts[bisect_right(self._starts, at) - 1] for at, _, _ in self._overlapping(start, end)
+            }
             return sorted((at, self._owned[at][0]) for at in touched)
 
-    def carve(self, start: int, end: int, heir: Region | None = None) -> None:
-        """[start, end) leaves its Regions. They keep an ``heir``, which takes the memory over, alive."""
+    def carve(self, start: int, end: int, *, heir: Region | None = None, only: Region | None = None) -> None:
+        """[start, end) leaves its Regions, or the one named. They keep an ``heir`` to it alive."""
         with self._lock:
-            pieces = self._overlapping(start, end)
-            for cut_start, cut_end, region in pieces:
-                self._cut(cut_start, cut_end, region)
-                region._held.carve(cut_start, cut_end)
+            for first, last, region in self._overlapping(start, end):
+                if only is not None and region is not only:
+                    continue
+                self._cut(first, last, region)
+                region._held.carve(first, last)
                 if heir is not None:
                     region._heirs.append(heir)
 

@@ -71,6 +71,9 @@ def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
             addr=start,
             hint="take a new sequence number and go again",
         )
+    if ret == -errno.EOPNOTSUPP:
+        mm.features.require("pagemap", what)
+        mm.features.require("populate", what)
     why = _WHY.get(-ret)
     addr = walk.fail_start if ret in (-errno.EFAULT, -errno.EPERM, -EHWPOISON, -errno.ENOMEM) else None
     return error(-ret, f"{what}: {why}" if why else what, addr=addr, mm=mm)

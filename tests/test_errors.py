@@ -84,7 +84,7 @@ def test_the_reason_decides_the_command(why: int) -> None:
     assert (lost.feature, lost.errno) == ("pfn", why)
     assert lost.command == lost.hint
     assert str(lost).startswith(f"[Errno {why}] {errno_name(why)}: snapshot: feature 'pfn' is missing: ")
-    expected = "sudo setcap cap_sys_admin+ep" if why == errno.EPERM else "boot Linux 4.2 or newer"
+    expected = "sudo setpriv --reuid=$USER" if why == errno.EPERM else "boot Linux 4.2 or newer"
     assert lost.command.startswith(expected)
 
 

@@ -251,8 +251,8 @@ def test_ctrl_c_at_any_moment_leaves_nothing_held(mm: pm.AddressSpace) -> None:
             sub.set_seq(seq)
 
     sub = pm.IntervalNotifier(mm, 0, WHOLE_MM_END, invalidate)
-    for i in range(400):
-        with ctrl_c_after(0.0002 + i % 97 * 1e-5):
+    for i in range(300):
+        with ctrl_c_after(0.002 + i % 97 * 1e-5):
             while True:
                 mm.madvise(region.addr, PAGE, 4)
                 with mm.read_lock(), lock:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import signal
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from notifying import (
     PAGE,
@@ -11,7 +15,7 @@ from notifying import (
     interval,
     invalidate,
 )
-from seams import Background, errno_of, points
+from seams import WAIT_S, Background, errno_of, points
 
 import pymirror as pm
 
@@ -108,3 +112,68 @@ class TestSequence:
             fenced.release()
             operation.result()
         assert sub.read_begin(timeout=1.0)
+
+
+class TestCtrlC:
+    """Every wait ends at Ctrl-C, in the time of one native slice."""
+
+    def test_read_begin(self, mm: pm.AddressSpace) -> None:
+        sub = interval(mm, SOMEWHERE)
+        with mm.invalidate(SOMEWHERE, SOMEWHERE + PAGE):
+            assert interrupted(sub.read_begin)
+
+    def test_wait_until_valid(self, mm: pm.AddressSpace) -> None:
+        end = SOMEWHERE + PAGE
+        with pm.Mirror(mm) as mirror, mirror.range(SOMEWHERE, end) as rng, mm.invalidate(SOMEWHERE, end):
+            assert interrupted(rng.wait_until_valid, timeout=None)
+
+    def test_remove(self, mm: pm.AddressSpace) -> None:
+        inside, go = threading.Event(), threading.Event()
+
+        def slow(sub: pm.IntervalNotifier, range: pm.MmuNotifierRange, seq: int) -> bool:
+            sub.set_seq(seq)
+            inside.set()
+            return go.wait(WAIT_S)
+
+        sub = interval(mm, SOMEWHERE, invalidate=slow)
+        operation = Background(invalidate, mm, SOMEWHERE)
+        assert inside.wait(WAIT_S)
+        assert interrupted(sub.remove)
+        go.set()
+        operation.result()
+        sub.remove()
+
+
+def interrupted(wait: Callable[..., object], **how: Any) -> bool:
+    """Whether SIGINT, a moment after the wait began, ends it at once."""
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    try:
+        wait(**how)
+    except KeyboardInterrupt:
+        return time.monotonic() - began < 1.0
+    finally:
+        timer.join()
+    return False
+
+
+def test_two_invalidations_at_once_each_answer_for_themselves(mm: pm.AddressSpace) -> None:
+    """Callbacks of one notifier run in two threads; one of them forgets set_seq, and only it is reported."""
+    both = threading.Barrier(2, timeout=WAIT_S)
+    forgetful: list[int] = []
+
+    def take(sub: pm.IntervalNotifier, range: pm.MmuNotifierRange, seq: int) -> bool:
+        if both.wait() == 0:
+            forgetful.append(seq)
+        else:
+            sub.set_seq(seq)
+        both.wait()
+        return True
+
+    sub = interval(mm, SOMEWHERE, invalidate=take)
+    for operation in [Background(invalidate, mm, SOMEWHERE) for _ in range(2)]:
+        operation.result()
+    assert [report.seq for report in mm.errors] == forgetful
+    mm.errors.clear()
+    sub.remove()

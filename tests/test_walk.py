@@ -35,8 +35,8 @@ class TestSnapshot:
                 assert writable(rng.pfns) == [False, True, False, False]
         assert mm.stats()["populated_pages"] == 0
 
-    @pytest.mark.root
     def test_pfns_are_those_of_the_pagemap(self, mm: pm.AddressSpace, driver: Driver) -> None:
+        needs("pfn")
         buf = mm.mmap(8 * PAGE)
         as_bytes(buf)[:] = b"\1" * buf.size
         with open("/proc/self/pagemap", "rb") as pagemap, whole(driver, buf) as rng:
@@ -47,7 +47,7 @@ class TestSnapshot:
         assert set(pm.hmm_pfn_to_map_order(rng.pfns).tolist()) == {0}
 
     def test_a_huge_page_says_so(self, mm: pm.AddressSpace, driver: Driver) -> None:
-        needs("pfn")
+        needs("pfn", "pagemap_scan")
         buf = mm.mmap(HUGE, huge="thp")
         as_bytes(buf)[0] = 1
         with whole(driver, buf) as rng:

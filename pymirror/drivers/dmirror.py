@@ -174,7 +174,7 @@ class Dmirror:
     def _range_fault(
         self, start: int, end: int, *, flags: int, program: bool, owner: object = None
     ) -> npt.NDArray[np.uint64]:
-        """hmm_range_fault() with the retry rule: the pfns; with `program` the entries too are made of them."""
+        """hmm_range_fault() with the retry rule. Gives the pfns; with `program` makes entries of them."""
         pfns = np.zeros((end - start) // PAGE, np.uint64)
         deadline = time.monotonic() + self.quirks.fault_timeout
         while True:

@@ -75,7 +75,7 @@ class Summary:
 
 
 def play(scenario: Scenario) -> Result:
-    """Play one scenario in an address space of its own; what cannot be played is left out, with the reason."""
+    """Play one scenario in an address space of its own. What cannot be played is left out with its reason."""
     result = Result(scenario, scenario.unsupported())
     if result.left_out is not None:
         return result

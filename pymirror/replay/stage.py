@@ -33,8 +33,8 @@ MADV_NOHUGEPAGE = 15
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 FILE_BASE = 0x40
 # Fault-around maps the aligned 64 KiB around a touch, so what a read brings in depends on where the mapping
-# stands. In the recordings mappings of files end 14 pages into such a block, and what moves goes to just below
-# where it was: every scenario that shows it agrees.
+# stands. In the recordings mappings of files end 14 pages into such a block, and what moves goes to just
+# below where it was: every scenario that shows it agrees.
 FILE_END = 14 * PAGE
 DEVICES = 2
 DEVICE_FILL = 0xEE
@@ -154,10 +154,11 @@ class Stage:
 
     def _move(self, addr: int, size: int, end: int) -> Region:
         """Move [addr, addr + size) to where it ends `end` bytes after a multiple of 2 MiB."""
-        reserved = self._mm.mmap(size + 2 * HUGE, prot=PROT_NONE)
-        self._regions.append(reserved)
-        stop = -(-(reserved.addr + size) // HUGE) * HUGE + end
-        return self._mm.mremap(addr, size, size, flags=MREMAP_MAYMOVE | MREMAP_FIXED, new_addr=stop - size)
+        with self._mm.mmap(size + 2 * HUGE, prot=PROT_NONE) as reserved:
+            stop = -(-(reserved.addr + size) // HUGE) * HUGE + end
+            return self._mm.mremap(
+                addr, size, size, flags=MREMAP_MAYMOVE | MREMAP_FIXED, new_addr=stop - size
+            )
 
     def _cpu_write(self, step: Step) -> dict[str, Any]:
         self._first_bytes(step)[:] = _counting(step)
