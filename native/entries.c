@@ -2,9 +2,9 @@
 /*
  * entries.c - loops over arrays of page-table entries.
  *
- * They are to cost little beside the pread that fills the array (2.5 to 6 ns an entry), so they work on vectors of four
- * whatever the optimiser would make of them. The compiler breaks these down for a processor without AVX2. What is left
- * over at the end of an array goes through the same code in a padded vector.
+ * They are to cost little beside the pread that fills the array (2.5 to 6 ns an entry), so they work on
+ * vectors of four whatever the optimiser would make of them. The compiler breaks these down for a processor
+ * without AVX2. What is left over at the end of an array goes through the same code in a padded vector.
  */
 #include <string.h>
 
@@ -66,7 +66,8 @@ INLINE uint64_t convert(uint64_t *p, uint64_t n, const struct pm_conversion *c)
     return ret;
 }
 
-INLINE bool replace(uint64_t *p, uint64_t n, struct pm_run old, struct pm_run new, uint64_t loose, uint64_t *ret)
+INLINE bool replace(uint64_t *p, uint64_t n, struct pm_run old, struct pm_run new, uint64_t loose,
+                    uint64_t *ret)
 {
     const vec lanes = {0, 1, 2, 3};
     vec want = ALL(old.first) + lanes * ALL(old.step), next = ALL(new.first) + lanes * ALL(new.step);
@@ -160,24 +161,25 @@ INLINE uint64_t lacking(const uint64_t *p, const uint64_t *wanted, uint64_t n)
 /* Every loop twice, for AVX2 and for any processor, under one name. */
 #if defined(__x86_64__)
 #define WIDE static __attribute__((target("avx2"), noinline))
-#define EACH(type, name, params, args)                                                                               \
-    WIDE type name##_wide params                                                                                     \
-    {                                                                                                                \
-        return name args;                                                                                            \
-    }                                                                                                                \
-    type pm_entries_##name params                                                                                    \
-    {                                                                                                                \
-        return __builtin_cpu_supports("avx2") ? name##_wide args : name args;                                        \
+#define EACH(type, name, params, args)                                                                       \
+    WIDE type name##_wide params                                                                             \
+    {                                                                                                        \
+        return name args;                                                                                    \
+    }                                                                                                        \
+    type pm_entries_##name params                                                                            \
+    {                                                                                                        \
+        return __builtin_cpu_supports("avx2") ? name##_wide args : name args;                                \
     }
 #else
-#define EACH(type, name, params, args)                                                                               \
-    type pm_entries_##name params                                                                                    \
-    {                                                                                                                \
-        return name args;                                                                                            \
+#define EACH(type, name, params, args)                                                                       \
+    type pm_entries_##name params                                                                            \
+    {                                                                                                        \
+        return name args;                                                                                    \
     }
 #endif
 
-EACH(uint64_t, convert, (uint64_t *entries, uint64_t n, const struct pm_conversion *conversion), (entries, n, conversion))
+EACH(uint64_t, convert, (uint64_t *entries, uint64_t n, const struct pm_conversion *conversion),
+     (entries, n, conversion))
 EACH(bool, replace,
      (uint64_t *entries, uint64_t n, struct pm_run old, struct pm_run new, uint64_t loose, uint64_t *common),
      (entries, n, old, new, loose, common))

@@ -24,16 +24,17 @@ struct pm_run {
 /* In place. Returns the bits that all of the pfns have. */
 uint64_t pm_entries_convert(uint64_t *entries, uint64_t n, const struct pm_conversion *conversion);
 /*
- * Overwrite entries that should be those of the run `old`, but for the bits of `loose`. True if they were; *common: the loose
- * bits that all of them had.
+ * Overwrite entries that should be those of the run `old`, but for the bits of `loose`. True if they were;
+ * *common: the loose bits that all of them had.
  */
 bool pm_entries_replace(uint64_t *entries, uint64_t n, struct pm_run old, struct pm_run new, uint64_t loose,
                         uint64_t *common);
 /* Take the PFN out of raw entries of present pages. In others the field is a place in swap: it stays. */
 void pm_entries_hide(uint64_t *entries, uint64_t n);
 /*
- * Requests are (pfns & mask) | flags, taken as the VALID and WRITE bits that are wanted: none where VALID is not asked for.
- * Do all pages want the same, *ret? False may mean that they do. Then, what each of them wants.
+ * Requests are (pfns & mask) | flags, taken as the VALID and WRITE bits that are wanted: none where VALID is
+ * not asked for. Do all pages want the same, *ret? False may mean that they do. Then, what each of them
+ * wants.
  */
 bool pm_entries_same_requests(const uint64_t *pfns, uint64_t n, uint64_t mask, uint64_t flags, uint64_t *ret);
 void pm_entries_requests(const uint64_t *pfns, uint64_t n, uint64_t mask, uint64_t flags, uint64_t *ret);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * feature.c - the features of this kernel as a context gets them: probed once a process, less what it does without.
+ * feature.c - the features of this kernel as a context gets them: probed once a process, less what it does
+ * without.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -63,7 +64,7 @@ static bool lasting(const struct pm_features *features)
     return true;
 }
 
-/* What was found holds for this process while it keeps its user: a forked child may have given up privileges. */
+/* What was found holds for this process and user: a forked child may have given up privileges. */
 static struct {
     atomic_int state; /* 0 empty, 1 being written, 2 there */
     pid_t pid;

@@ -10,9 +10,9 @@
 #define PM_BIT(feature) (1ULL << (feature))
 
 /* Features that mean nothing without PM_FEAT_UFFD, and without PM_FEAT_PAGEMAP. */
-#define PM_NEEDS_UFFD                                                                                                \
-    (PM_BIT(PM_FEAT_UFFD_KERNEL) | PM_BIT(PM_FEAT_UFFD_WP_ASYNC) | PM_BIT(PM_FEAT_UFFD_WP_UNPOPULATED) |             \
-     PM_BIT(PM_FEAT_UFFD_EVENTS) | PM_BIT(PM_FEAT_UFFD_EVENT_FORK) | PM_BIT(PM_FEAT_UFFD_MOVE) |                     \
+#define PM_NEEDS_UFFD                                                                                        \
+    (PM_BIT(PM_FEAT_UFFD_KERNEL) | PM_BIT(PM_FEAT_UFFD_WP_ASYNC) | PM_BIT(PM_FEAT_UFFD_WP_UNPOPULATED) |     \
+     PM_BIT(PM_FEAT_UFFD_EVENTS) | PM_BIT(PM_FEAT_UFFD_EVENT_FORK) | PM_BIT(PM_FEAT_UFFD_MOVE) |             \
      PM_BIT(PM_FEAT_UFFD_SIGBUS))
 #define PM_NEEDS_PAGEMAP (PM_BIT(PM_FEAT_PFN) | PM_BIT(PM_FEAT_PAGEMAP_SCAN))
 

@@ -30,17 +30,19 @@ static void open_piece(struct pm_mm *mm, uint64_t start, uint64_t end)
 static void prepare_mm(struct pm_mm *mm)
 {
     struct pm_watch_range shared[PM_FORK_PIECES - 1];
-    uint32_t n = pm_watch_shared(mm, shared, PM_FORK_PIECES - 1);
+    uint32_t n;
 
+    /* Until the fork is over, so that a close waits for it. */
+    if (pm_mm_enter(mm))
+        return;
+    n = pm_watch_shared(mm, shared, PM_FORK_PIECES - 1);
     pm_lock(mm);
-    if (mm->fork_tid == 0 && atomic_load(&mm->state) == PM_MM_OPEN) {
-        mm->fork_tid = pm_gettid();
-        mm->fork_pieces = 0;
-        for (uint32_t i = 0; i <= n; i++)
-            open_piece(mm, i ? shared[i - 1].end : 0, i < n ? shared[i].start : 0);
-        mm->stats.events[PM_PROTECTION_PAGE]++;
-        pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
-    }
+    mm->fork_tid = pm_gettid();
+    mm->fork_pieces = 0;
+    for (uint32_t i = 0; i <= n; i++)
+        open_piece(mm, i ? shared[i - 1].end : 0, i < n ? shared[i].start : 0);
+    mm->stats.events[PM_PROTECTION_PAGE]++;
+    pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     pm_unlock(mm);
 }
 
@@ -55,6 +57,7 @@ static void parent_mm(struct pm_mm *mm)
     mm->fork_tid = 0;
     pm_status_update(mm);
     pm_unlock(mm);
+    pm_mm_exit(mm);
 }
 
 static void child_close(int fd)

@@ -14,6 +14,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/resource.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
@@ -82,6 +83,7 @@ int pm_sys_close(int fd);
 ssize_t pm_sys_read(int fd, void *buf, size_t len);
 ssize_t pm_sys_write(int fd, const void *buf, size_t len);
 ssize_t pm_sys_pread(int fd, void *buf, size_t len, uint64_t offset);
+int pm_sys_nofile(const struct rlimit *set, struct rlimit *old); /* counted as open */
 int pm_sys_ioctl(int fd, unsigned long request, void *arg);
 int pm_sys_poll(struct pollfd *fds, nfds_t n, int timeout_ms);
 int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret);
@@ -147,6 +149,7 @@ struct pm_inv {
     uint64_t since_ns;
     uint64_t until_ns;  /* a lingering REMOVE: when it ends whatever the pagemap shows */
     uint64_t earliest_ns;
+    uint64_t removed;   /* an API operation: up to where REMOVEs have been taken for its own */
     int event, guarantee;
     bool undelivered;   /* an API operation whose callbacks have not returned */
     bool linger;        /* a REMOVE read by the monitor */
@@ -215,6 +218,7 @@ struct pm_mm {
     struct pm_watch_range *watched; /* sorted, disjoint; under the device lock */
     uint32_t nwatched, watched_cap;
     uint64_t watched_bytes;
+    struct pm_watch_range unlisted; /* from the first to the last that is registered and found no room in the list */
 
     pthread_t monitor;
     bool monitor_running;
@@ -263,7 +267,8 @@ int pm_vma_query(struct pm_mm *mm, uint64_t addr, struct pm_vma *ret);
 /* invalidate.c: with the device lock held */
 uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint64_t last, int event, int guarantee);
 void pm_inv_close(struct pm_mm *mm, struct pm_inv *inv);
-bool pm_inv_covered(const struct pm_mm *mm, uint64_t start, uint64_t last); /* by an open API operation */
+/* Is the event the doing of an API operation that is open? It belongs to it then, and is not told again. */
+bool pm_inv_claims(struct pm_mm *mm, uint64_t start, uint64_t last, int event);
 void pm_drain_writes(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t until_ns);
 bool pm_sub_stale(const struct pm_sub *sub, uint64_t seq);
 bool pm_seq_undelivered(const struct pm_mm *mm, uint64_t seq);
@@ -281,7 +286,7 @@ int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint6
 int pm_watch_open(struct pm_mm *mm);
 void pm_unwatch_all(struct pm_mm *mm);
 void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end);   /* device lock held */
-void pm_watch_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len); /* device lock held */
+void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len);       /* device lock held */
 bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end); /* all of it, without a gap */
 /* Write-protect the present pages of watched private memory, so that writes after a fork show. */
 void pm_watch_after_fork(struct pm_mm *mm);

@@ -69,10 +69,23 @@ void pm_inv_close(struct pm_mm *mm, struct pm_inv *inv)
     pthread_cond_broadcast(&mm->idle);
 }
 
-bool pm_inv_covered(const struct pm_mm *mm, uint64_t start, uint64_t last)
+/* One system call's REMOVEs do not overlap: of two that do, one is another thread's. */
+static bool removes(struct pm_inv *inv, uint64_t start, uint64_t last)
 {
-    for (const struct pm_inv *inv = mm->invs; inv; inv = inv->next) {
-        if (!inv->linger && inv->start <= start && last <= inv->last)
+    if (inv->event != PM_CLEAR && inv->event != PM_MIGRATE && inv->event != PM_EXCLUSIVE)
+        return false;
+    if (start < inv->removed)
+        return false;
+    inv->removed = last + 1;
+    return true;
+}
+
+bool pm_inv_claims(struct pm_mm *mm, uint64_t start, uint64_t last, int event)
+{
+    for (struct pm_inv *inv = mm->invs; inv; inv = inv->next) {
+        if (inv->linger || start < inv->start || inv->last < last)
+            continue;
+        if (event == PM_CLEAR ? removes(inv, start, last) : inv->event == event)
             return true;
     }
     return false;

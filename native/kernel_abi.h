@@ -33,7 +33,7 @@
 
 #define PM_ABI_UFFD_USER_MODE_ONLY 1
 
-/* The ioctl of /dev/userfaultfd (6.1) that makes a userfaultfd; its argument is the flags of userfaultfd(2). */
+/* The ioctl of /dev/userfaultfd (6.1) that makes a userfaultfd; the argument is userfaultfd(2)'s flags. */
 #define PM_ABI_USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 
 struct pm_abi_uffdio_move {
@@ -69,7 +69,7 @@ struct pm_abi_uffdio_poison {
 #define PM_ABI_PAGEMAP_SWAPPED (1ULL << 62)
 #define PM_ABI_PAGEMAP_PRESENT (1ULL << 63)
 
-/* PAGEMAP_SCAN (6.7), an ioctl of /proc/pid/pagemap: ranges of pages by category. Returns the regions filled. */
+/* PAGEMAP_SCAN (6.7), an ioctl of /proc/pid/pagemap: ranges by category. Returns the regions filled. */
 #define PM_ABI_PAGE_IS_WPALLOWED (1ULL << 0)
 #define PM_ABI_PAGE_IS_WRITTEN (1ULL << 1)
 #define PM_ABI_PAGE_IS_FILE (1ULL << 2)
@@ -139,8 +139,8 @@ struct pm_abi_procmap_query {
 #define PM_ABI_MADV_REMOVE 9
 #define PM_ABI_MADV_COLD 20
 #define PM_ABI_MADV_PAGEOUT 21
-#define PM_ABI_MADV_POPULATE_READ 22  /* 5.14 */
-#define PM_ABI_MADV_POPULATE_WRITE 23 /* 5.14 */
+#define PM_ABI_MADV_POPULATE_READ 22   /* 5.14 */
+#define PM_ABI_MADV_POPULATE_WRITE 23  /* 5.14 */
 #define PM_ABI_MADV_DONTNEED_LOCKED 24 /* 5.18 */
 #define PM_ABI_MADV_COLLAPSE 25        /* 6.1 */
 #define PM_ABI_MADV_GUARD_INSTALL 102  /* 6.13 */

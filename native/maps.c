@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * maps.c - vmas from the text of /proc/self/maps: the way of kernels before 6.11. A look-up reads the file from its
- * beginning, through a descriptor of its own (readers of one descriptor would disturb each other), in constant memory.
+ * maps.c - vmas from the text of /proc/self/maps: the way of kernels before 6.11. A look-up reads the file
+ * from its beginning, through a descriptor of its own (readers of one descriptor would disturb each other),
+ * in constant memory.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -65,8 +66,9 @@ bool pm_maps_parse(const char *line, struct pm_vma *ret)
     char perms[5];
     int name = 0;
 
-    if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %" SCNx32 ":%" SCNx32 " %" SCNu64 " %n", &ret->start,
-               &ret->end, perms, &ret->offset, &ret->dev_major, &ret->dev_minor, &ret->inode, &name) != 7)
+    if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %" SCNx32 ":%" SCNx32 " %" SCNu64 " %n",
+               &ret->start, &ret->end, perms, &ret->offset, &ret->dev_major, &ret->dev_minor, &ret->inode,
+               &name) != 7)
         return false;
     ret->flags = flag(perms, 0, 'r', PM_VMA_READ) | flag(perms, 1, 'w', PM_VMA_WRITE) |
                  flag(perms, 2, 'x', PM_VMA_EXEC) | flag(perms, 3, 's', PM_VMA_SHARED);

@@ -201,9 +201,23 @@ static void close_files(struct pm_mm *mm)
     close_fd(&mm->spare_fd);
 }
 
+/* In one step for a fork, whose child closes the descriptors of what is in the list. */
+static void retire(struct pm_mm *mm)
+{
+    struct pm_mm **link = &registry.list;
+
+    pm_registry_lock();
+    close_files(mm);
+    while (*link && *link != mm)
+        link = &(*link)->next;
+    if (*link)
+        *link = mm->next;
+    pm_registry_unlock();
+}
+
 static void free_mm(struct pm_mm *mm)
 {
-    close_files(mm);
+    retire(mm);
     pthread_cond_destroy(&mm->idle);
     pthread_cond_destroy(&mm->drained);
     pthread_cond_destroy(&mm->queued);
@@ -233,18 +247,6 @@ static int enlist(struct pm_mm *mm)
     }
     pm_registry_unlock();
     return err;
-}
-
-static void delist(struct pm_mm *mm)
-{
-    struct pm_mm **link = &registry.list;
-
-    pm_registry_lock();
-    while (*link && *link != mm)
-        link = &(*link)->next;
-    if (*link)
-        *link = mm->next;
-    pm_registry_unlock();
 }
 
 static void init_mm(struct pm_mm *mm, const struct pm_mm_options *opt)
@@ -345,14 +347,13 @@ int pm_mm_close(pm_mm *mm)
         return -ESRCH;
     if (!begin_close(mm))
         return 0;
-    delist(mm);
     wait_for_users(mm);
     pthread_mutex_lock(&mm->watch_lock);
     pm_unwatch_all(mm);
     pm_monitor_stop(mm);
     pthread_mutex_unlock(&mm->watch_lock);
     if (atomic_load(&mm->users) == 0)
-        close_files(mm);
+        retire(mm);
     atomic_store(&mm->state, PM_MM_CLOSED);
     return 0;
 }

@@ -46,7 +46,7 @@ static void invalidate_now(struct pm_mm *mm, uint64_t start, uint64_t end, int t
     struct pm_inv inv = {0};
     uint64_t seq;
 
-    if (pm_inv_covered(mm, start, pm_last(end))) {
+    if (pm_inv_claims(mm, start, pm_last(end), type)) {
         mm->stats.swallowed++;
         return;
     }
@@ -89,7 +89,7 @@ static void invalidate_lingering(struct pm_mm *mm, uint64_t start, uint64_t end)
     struct pm_inv *inv;
     uint64_t seq, now;
 
-    if (pm_inv_covered(mm, start, pm_last(end))) {
+    if (pm_inv_claims(mm, start, pm_last(end), PM_CLEAR)) {
         mm->stats.swallowed++;
         return;
     }
@@ -130,7 +130,7 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
         invalidate_lingering(mm, msg->arg.remove.start, msg->arg.remove.end);
         break;
     case UFFD_EVENT_REMAP:
-        pm_watch_moved(mm, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
+        pm_watch_moved(mm, msg->arg.remap.to, msg->arg.remap.len);
         invalidate_now(mm, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, PM_UNMAP, msg->arg.remap.to);
         break;
     case UFFD_EVENT_FORK:
@@ -141,16 +141,43 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
     }
 }
 
+static bool no_room(ssize_t n)
+{
+    return n == -EMFILE || n == -ENFILE;
+}
+
+/* The limit may be lowered below the number of every descriptor there is. */
+static ssize_t read_above_limit(struct pm_mm *mm, struct uffd_msg *msgs)
+{
+    struct rlimit old, more;
+    ssize_t n;
+
+    if (pm_sys_nofile(NULL, &old))
+        return -EMFILE;
+    more = old;
+    more.rlim_cur = old.rlim_cur < old.rlim_max ? old.rlim_max : old.rlim_max + MESSAGES;
+    more.rlim_max = pm_max(more.rlim_cur, more.rlim_max);
+    if (pm_sys_nofile(&more, NULL))
+        return -EMFILE;
+    n = pm_sys_read(mm->uffd, msgs, MESSAGES * sizeof(*msgs));
+    pm_sys_nofile(&old, NULL);
+    return n;
+}
+
 /*
  * Reading a fork message makes a descriptor; with the table of descriptors full that fails, and the forking thread
- * would hang. The spare one makes room.
+ * would hang. The spare one makes room, at once, before another thread takes the place.
  */
-static void give_spare(struct pm_mm *mm)
+static ssize_t read_with_room(struct pm_mm *mm, struct uffd_msg *msgs)
 {
-    if (mm->spare_fd < 0)
-        return;
-    pm_sys_close(mm->spare_fd);
-    mm->spare_fd = -1;
+    ssize_t n = pm_sys_read(mm->uffd, msgs, MESSAGES * sizeof(*msgs));
+
+    if (no_room(n) && mm->spare_fd >= 0) {
+        pm_sys_close(mm->spare_fd);
+        mm->spare_fd = -1;
+        n = pm_sys_read(mm->uffd, msgs, MESSAGES * sizeof(*msgs));
+    }
+    return no_room(n) ? read_above_limit(mm, msgs) : n;
 }
 
 static void read_messages(struct pm_mm *mm)
@@ -159,10 +186,8 @@ static void read_messages(struct pm_mm *mm)
     ssize_t n;
 
     pm_point(PM_POINT_MONITOR_BEFORE_READ);
-    n = pm_sys_read(mm->uffd, msgs, sizeof(msgs));
+    n = read_with_room(mm, msgs);
     pm_point(PM_POINT_MONITOR_AFTER_READ);
-    if (n == -EMFILE || n == -ENFILE)
-        give_spare(mm);
     if (n <= 0)
         return;
     pm_point(PM_POINT_MONITOR_BEFORE_FENCE);
@@ -193,15 +218,21 @@ static void take_events(struct pm_mm *mm)
         pm_watch_after_fork(mm);
 }
 
-/* Is every page of a lingering REMOVE gone? Looks at the pagemap with no lock held. */
-static bool pages_gone(struct pm_mm *mm, uint64_t start, uint64_t last)
+/*
+ * Is every page of a lingering REMOVE gone, or its time over? Looks at the pagemap with no lock held. It may be of
+ * terabytes, and other events wait for this thread meanwhile.
+ */
+static bool linger_over(struct pm_mm *mm, const struct pm_inv *inv)
 {
     uint64_t seen[512];
 
-    for (uint64_t addr = start; addr < last; addr += sizeof(seen) / sizeof(seen[0]) * PM_PAGE_SIZE) {
-        uint64_t n = pm_min(512, (last + 1 - addr) >> PM_PAGE_SHIFT);
+    for (uint64_t addr = inv->start; addr < inv->last; addr += sizeof(seen) / sizeof(seen[0]) * PM_PAGE_SIZE) {
+        uint64_t n = pm_min(512, (inv->last + 1 - addr) >> PM_PAGE_SHIFT);
+        uint64_t now = pm_now_ns();
 
-        if (pm_pagemap_read(mm, addr, n, seen))
+        if (now >= inv->until_ns)
+            return true;
+        if (now < inv->earliest_ns || pm_pagemap_read(mm, addr, n, seen))
             return false;
         for (uint64_t i = 0; i < n; i++) {
             if (seen[i] >> 63)
@@ -211,20 +242,13 @@ static bool pages_gone(struct pm_mm *mm, uint64_t start, uint64_t last)
     return true;
 }
 
-static bool linger_over(struct pm_mm *mm, const struct pm_inv *inv, uint64_t now)
-{
-    if (now >= inv->until_ns)
-        return true;
-    return now >= inv->earliest_ns && pages_gone(mm, inv->start, inv->last);
-}
-
 static void end_lingering(struct pm_mm *mm)
 {
     for (int i = 0; i < PM_LINGER_MAX; i++) {
         struct pm_inv *inv = &mm->linger[i];
 
         /* Only this thread opens, stretches and ends these. */
-        if (!inv->used || !linger_over(mm, inv, pm_now_ns()))
+        if (!inv->used || !linger_over(mm, inv))
             continue;
         pm_point(PM_POINT_REMOVE_LINGER);
         pm_lock(mm);

@@ -2,13 +2,14 @@
 /*
  * pagemap.c - page-table entries from /proc/self/pagemap, and what they say in HMM's terms.
  *
- * The pagemap has no write bit. A page is taken to be mapped writable when its vma is, and in a private mapping only
- * if it is also an anonymous page (no file bit), mapped here alone (else copy-on-write is pending; the zero page is never
- * mapped alone) and not write-protected by userfaultfd: after a fork the watch protects what is present, so the bit
- * says "not written since". Not to be seen: KSM, pages of disk files that are clean, private hugetlb pages only read so far.
+ * The pagemap has no write bit. A page is taken to be mapped writable when its vma is, and in a private
+ * mapping only if it is also an anonymous page (no file bit), mapped here alone (else copy-on-write is
+ * pending; the zero page is never mapped alone) and not write-protected by userfaultfd: after a fork the
+ * watch protects what is present, so the bit says "not written since". Not to be seen: KSM, pages of disk
+ * files that are clean, private hugetlb pages only read so far.
  *
- * Whether 512 consecutive PFNs are mapped by one PMD is asked of PAGEMAP_SCAN. Without it the order of transparent huge
- * pages is given as 0: a device may always map less at once than the CPU does, never more.
+ * Whether 512 consecutive PFNs are mapped by one PMD is asked of PAGEMAP_SCAN. Without it the order of
+ * transparent huge pages is given as 0: a device may always map less at once than the CPU does, never more.
  */
 #include <errno.h>
 #include <string.h>
@@ -39,7 +40,8 @@ int pm_pagemap_fill(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret)
     if (mm->pagemap_fd < 0)
         return -EOPNOTSUPP;
     while (done < n) {
-        got = pm_sys_pread(mm->pagemap_fd, ret + done, (n - done) * sizeof(*ret), (first + done) * sizeof(*ret));
+        got = pm_sys_pread(mm->pagemap_fd, ret + done, (n - done) * sizeof(*ret),
+                           (first + done) * sizeof(*ret));
         if (got == -EINTR && interrupted++ < PM_EINTR_LIMIT)
             continue;
         if (got < 0)
@@ -103,22 +105,25 @@ static unsigned cut(uint64_t start, uint64_t n, struct piece *pieces)
     return count;
 }
 
-/* Could one PMD map these pages? The ends are looked at; the scan decides, and convert_huge() looks at every entry. */
-static bool candidate(const struct pm_rules *rules, uint64_t start, const uint64_t *raw, const struct piece *piece,
-                      uint64_t step)
+/* Could one PMD map these pages? The ends are looked at; the scan decides, and convert_huge() looks at every
+ * entry. */
+static bool candidate(const struct pm_rules *rules, uint64_t start, const uint64_t *raw,
+                      const struct piece *piece, uint64_t step)
 {
     uint64_t page = (start >> PM_PAGE_SHIFT) + piece->first;
     uint64_t pmd = (page << PM_PAGE_SHIFT) & ~(PM_HUGE_SIZE - 1);
     uint64_t head = raw[piece->first], tail = raw[piece->first + piece->n - 1];
 
-    if (!(head & PM_ABI_PAGEMAP_PRESENT) || (tail ^ (head + (piece->n - 1) * step)) & ~PM_ABI_PAGEMAP_EXCLUSIVE)
+    if (!(head & PM_ABI_PAGEMAP_PRESENT) ||
+        (tail ^ (head + (piece->n - 1) * step)) & ~PM_ABI_PAGEMAP_EXCLUSIVE)
         return false;
     if (step && (head ^ page) % PM_HUGE_PAGES)
         return false;
     return rules->vma_start <= pmd && pmd + PM_HUGE_SIZE <= rules->vma_end;
 }
 
-/* The first page of [start, end) that no huge page maps; `end` if there is none, `start` if nothing can be told. */
+/* The first page of [start, end) that no huge page maps; `end` if there is none, `start` if nothing can be
+ * told. */
 static uint64_t first_small(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_abi_page_region region;
@@ -141,8 +146,9 @@ static uint64_t first_small(struct pm_mm *mm, uint64_t start, uint64_t end)
 }
 
 /*
- * Mark the pieces that a PMD maps. The scan stops at the first page that is mapped otherwise, so a run of huge pages
- * costs one call and a piece that only looks like one costs one call too, however long the table below it is.
+ * Mark the pieces that a PMD maps. The scan stops at the first page that is mapped otherwise, so a run of
+ * huge pages costs one call and a piece that only looks like one costs one call too, however long the table
+ * below it is.
  */
 static bool find_huge(struct pm_mm *mm, const struct pm_rules *rules, uint64_t start, const uint64_t *raw,
                       struct piece *pieces, unsigned count)
@@ -173,11 +179,11 @@ static bool find_huge(struct pm_mm *mm, const struct pm_rules *rules, uint64_t s
 }
 
 /*
- * False if the entries are not those of one huge page after all: the table changed between read and scan. A part that a
- * child maps too is told page by page, but the one PMD is then read-only for all of them.
+ * False if the entries are not those of one huge page after all: the table changed between read and scan. A
+ * part that a child maps too is told page by page, but the one PMD is then read-only for all of them.
  */
-static bool convert_huge(uint64_t *raw, const struct piece *piece, const struct pm_conversion *c, uint64_t step,
-                         uint64_t *common)
+static bool convert_huge(uint64_t *raw, const struct piece *piece, const struct pm_conversion *c,
+                         uint64_t step, uint64_t *common)
 {
     struct pm_run old = {raw[piece->first], step}, new = old;
     struct pm_conversion huge = *c;
@@ -206,20 +212,23 @@ static uint64_t convert_pieces(struct pm_mm *mm, const struct pm_conversion *c, 
 
         if (piece->huge && convert_huge(raw, piece, c, step, &common))
             continue;
-        if (piece->huge && pm_pagemap_fill(mm, start + (piece->first << PM_PAGE_SHIFT), piece->n, raw + piece->first))
+        if (piece->huge &&
+            pm_pagemap_fill(mm, start + (piece->first << PM_PAGE_SHIFT), piece->n, raw + piece->first))
             memset(raw + piece->first, 0, piece->n * sizeof(*raw));
         common &= pm_entries_convert(raw + piece->first, piece->n, c);
     }
     return common;
 }
 
-uint64_t pm_pagemap_convert(struct pm_mm *mm, const struct pm_rules *rules, uint64_t start, uint64_t n, uint64_t *pfns)
+uint64_t pm_pagemap_convert(struct pm_mm *mm, const struct pm_rules *rules, uint64_t start, uint64_t n,
+                            uint64_t *pfns)
 {
     struct pm_conversion c = conversion_of(mm, rules);
     struct piece pieces[PM_BLOCK_HUGE + 1];
     unsigned count;
 
-    if (rules->order || rules->vma_end - rules->vma_start < PM_HUGE_SIZE || !pm_have(mm, PM_FEAT_PAGEMAP_SCAN))
+    if (rules->order || rules->vma_end - rules->vma_start < PM_HUGE_SIZE ||
+        !pm_have(mm, PM_FEAT_PAGEMAP_SCAN))
         return pm_entries_convert(pfns, n, &c);
     count = cut(start, n, pieces);
     if (!find_huge(mm, rules, start, pfns, pieces, count))

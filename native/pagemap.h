@@ -8,8 +8,9 @@
 #include "internal.h"
 
 enum {
-    PM_BLOCK_HUGE = 16,                              /* PMD ranges in a block */
-    PM_BLOCK_PAGES = PM_BLOCK_HUGE << PM_HUGE_ORDER, /* 64 KiB of entries: they stay in the cache while worked on */
+    PM_BLOCK_HUGE = 16, /* PMD ranges in a block */
+    PM_BLOCK_PAGES = PM_BLOCK_HUGE
+        << PM_HUGE_ORDER, /* 64 KiB of entries: they stay in the cache while worked on */
 };
 
 /* What of a vma decides how its entries read. */
@@ -25,9 +26,10 @@ struct pm_rules pm_rules_of(const struct pm_vma *vma);
 /* Raw entries of n pages, in a block or any number; what lies beyond the address space is 0. */
 int pm_pagemap_fill(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret);
 /*
- * Turn the raw entries of n <= PM_BLOCK_PAGES pages, that cross at most PM_BLOCK_HUGE PMD ranges, into HMM pfns in place.
- * Returns the bits that all of them have.
+ * Turn the raw entries of n <= PM_BLOCK_PAGES pages, that cross at most PM_BLOCK_HUGE PMD ranges, into HMM
+ * pfns in place. Returns the bits that all of them have.
  */
-uint64_t pm_pagemap_convert(struct pm_mm *mm, const struct pm_rules *rules, uint64_t start, uint64_t n, uint64_t *pfns);
+uint64_t pm_pagemap_convert(struct pm_mm *mm, const struct pm_rules *rules, uint64_t start, uint64_t n,
+                            uint64_t *pfns);
 
 #endif

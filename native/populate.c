@@ -43,10 +43,11 @@ static int read_pages(uint64_t start, uint64_t end)
 }
 
 /*
- * process_vm_writev first pins the remote pages for writing, then copies. From a local side that cannot be read the pages
- * are faulted and the copy fails at its first byte: no byte changes, and a vma that goes away meanwhile is an error. A
- * plain store, even an atomic one of nothing, would be a signal then. Whether the faulting worked the caller sees in the
- * page table. The kernel pins a bounded number of pages before it copies: 16 at the least.
+ * process_vm_writev first pins the remote pages for writing, then copies. From a local side that cannot be
+ * read the pages are faulted and the copy fails at its first byte: no byte changes, and a vma that goes away
+ * meanwhile is an error. A plain store, even an atomic one of nothing, would be a signal then. Whether the
+ * faulting worked the caller sees in the page table. The kernel pins a bounded number of pages before it
+ * copies: 16 at the least.
  */
 static int write_nothing(uint64_t start, uint64_t end)
 {
@@ -62,7 +63,7 @@ static int write_nothing(uint64_t start, uint64_t end)
     return n < 0 && n != -EFAULT ? (int)n : err;
 }
 
-/* Before MADV_POPULATE_*. Reading last tells an address that cannot be faulted; reading first would fault its neighbours. */
+/* Before MADV_POPULATE_*. Reading last tells what cannot be faulted; reading first would fault neighbours. */
 static int populate_by_copy(uint64_t start, uint64_t end, bool write)
 {
     int err = write ? write_nothing(start, end) : 0;
@@ -79,7 +80,8 @@ int pm_populate(struct pm_mm *mm, uint64_t start, uint64_t end, bool write)
     return -EOPNOTSUPP;
 }
 
-/* Of [start, end), within one block of fault-around, what is in the page cache. Returns the pages asked for. */
+/* Of [start, end), within one block of fault-around, what is in the page cache. Returns the pages asked for.
+ */
 static uint64_t populate_cached(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     unsigned char cached[AROUND_SIZE >> PM_PAGE_SHIFT];
@@ -118,7 +120,7 @@ bool pm_is_shmem(const struct pm_vma *vma)
     return false;
 }
 
-/* A marker that userfaultfd or a guard region leaves has the last of the swap types: nothing is on any disk. */
+/* A marker of userfaultfd or of a guard region has the last of the swap types: nothing is on any disk. */
 static bool in_swap(uint64_t raw)
 {
     return (raw & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)) == PM_ABI_PAGEMAP_SWAPPED &&
@@ -126,9 +128,9 @@ static bool in_swap(uint64_t raw)
 }
 
 /*
- * Shared memory that is not in the page cache is a hole, as a rule, and may be swapped out: to user space that looks
- * alike, so it is taken for a hole. mincore() tells of files that this process may write or owns; of others it says
- * that all is there. Pages beyond the end of a file are never there.
+ * Shared memory that is not in the page cache is a hole, as a rule, and may be swapped out: to user space
+ * that looks alike, so it is taken for a hole. mincore() tells of files that this process may write or owns;
+ * of others it says that all is there. Pages beyond the end of a file are never there.
  */
 static bool may_need_reading(const struct pm_vma *vma)
 {
@@ -136,7 +138,8 @@ static bool may_need_reading(const struct pm_vma *vma)
 }
 
 /* Index of the first page of a chunk that needs I/O, n if there is none. */
-static uint64_t first_waiting(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t n, const uint64_t *pfns)
+static uint64_t first_waiting(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t n,
+                              const uint64_t *pfns)
 {
     unsigned char cached[WAIT_CHUNK];
     uint64_t raw[WAIT_CHUNK], i;
@@ -152,8 +155,8 @@ static uint64_t first_waiting(struct pm_mm *mm, const struct pm_vma *vma, uint64
     return i;
 }
 
-int pm_would_wait(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, const uint64_t *pfns,
-                  uint64_t *ret)
+int pm_would_wait(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end,
+                  const uint64_t *pfns, uint64_t *ret)
 {
     for (uint64_t addr = start; addr < end; addr += (uint64_t)WAIT_CHUNK << PM_PAGE_SHIFT) {
         uint64_t n = pm_min(WAIT_CHUNK, (end - addr) >> PM_PAGE_SHIFT);

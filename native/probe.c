@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * probe.c - what this kernel lets this process do. Every feature is tried, never inferred from a version: privileges,
- * sysctls and seccomp filters decide as much as the kernel does. A probe leaves no descriptor and no mapping behind.
+ * probe.c - what this kernel lets this process do. Every feature is tried, never inferred from a version:
+ * privileges, sysctls and seccomp filters decide as much as the kernel does. A probe leaves no descriptor and
+ * no mapping behind.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -20,8 +21,8 @@ struct probe {
     int pagemap_fd, maps_fd;
 };
 
-static const uint64_t event_bits = PM_ABI_UFFD_FEATURE_EVENT_REMOVE | PM_ABI_UFFD_FEATURE_EVENT_UNMAP |
-                                   PM_ABI_UFFD_FEATURE_EVENT_REMAP;
+static const uint64_t event_bits =
+    PM_ABI_UFFD_FEATURE_EVENT_REMOVE | PM_ABI_UFFD_FEATURE_EVENT_UNMAP | PM_ABI_UFFD_FEATURE_EVENT_REMAP;
 
 /* A userfaultfd with these features, or a negative errno. */
 static int uffd_with(uint64_t features)
@@ -105,7 +106,8 @@ static void unregister(int fd, uint64_t page)
 
 static int try_wp_async(struct probe *probe)
 {
-    struct uffdio_writeprotect wp = {.range = {probe->scratch, PM_PAGE_SIZE}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    struct uffdio_writeprotect wp = {.range = {probe->scratch, PM_PAGE_SIZE},
+                                     .mode = UFFDIO_WRITEPROTECT_MODE_WP};
     uint64_t entry = PM_ABI_PAGEMAP_UFFD_WP;
     int fd, err;
 

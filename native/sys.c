@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * sys.c - every system call of the shim, as functions that return a negative errno. It counts them, and it is where
- * tests inject errors. What a call means, and whether it is tried again, is the caller's business.
+ * sys.c - every system call of the shim, as functions that return a negative errno. It counts them, and it is
+ * where tests inject errors. What a call means, and whether it is tried again, is the caller's business.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -132,6 +132,13 @@ ssize_t pm_sys_pread(int fd, void *buf, size_t len, uint64_t offset)
     return err ? err : result(pread(fd, buf, len, (off_t)offset));
 }
 
+int pm_sys_nofile(const struct rlimit *set, struct rlimit *old)
+{
+    int err = enter(PM_SYS_OPEN);
+
+    return err ? err : (int)result(prlimit(0, RLIMIT_NOFILE, set, old));
+}
+
 int pm_sys_ioctl(int fd, unsigned long request, void *arg)
 {
     int err = enter(PM_SYS_IOCTL);
@@ -181,7 +188,8 @@ int pm_sys_madvise(uint64_t addr, uint64_t len, int advice)
     return err ? err : (int)result(madvise((void *)(uintptr_t)addr, len, advice));
 }
 
-int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr, uint64_t *ret)
+int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr,
+                  uint64_t *ret)
 {
     int err = enter(PM_SYS_MREMAP);
     void *map;
@@ -230,16 +238,18 @@ int pm_sys_ftruncate(int fd, uint64_t len)
     return err ? err : (int)result(ftruncate(fd, (off_t)len));
 }
 
-/* Not libc's wrapper: ThreadSanitizer would take the device's copy of what the CPU writes for a race of the shim. */
+/* Not libc's wrapper: ThreadSanitizer would take the device's copy of what the CPU writes for a race of the
+ * shim. */
 static ssize_t vm_writev(const struct iovec *local, const struct iovec *remote)
 {
     return result(syscall(SYS_process_vm_writev, getpid(), local, 1, remote, 1, 0));
 }
 
 /*
- * Process_vm_writev turned round: what is read is the local side, touched by ordinary read faults, and the buffer is the
- * remote one. process_vm_readv would pin the pages that it reads, and a pin gives a page that is shared with a forked child a
- * copy of its own (FAULT_FLAG_UNSHARE, Linux 5.17): a read would change the page table.
+ * Process_vm_writev turned round: what is read is the local side, touched by ordinary read faults, and the
+ * buffer is the remote one. process_vm_readv would pin the pages that it reads, and a pin gives a page that
+ * is shared with a forked child a copy of its own (FAULT_FLAG_UNSHARE, Linux 5.17): a read would change the
+ * page table.
  */
 ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len)
 {

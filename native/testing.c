@@ -20,7 +20,7 @@ static const uint64_t stand_max_ns = 30000000000u;
 
 atomic_int pm_points_armed;
 
-/* State in the low bits; the rest counts changes, so that a sleeper tells its own stop from the next one's. */
+/* State in the low bits; the rest counts changes, so that a sleeper tells its stop from the next one's. */
 static atomic_uint points[PM_POINT_COUNT];
 
 static unsigned state_of(unsigned word)

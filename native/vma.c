@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * vma.c - which vma holds an address. One PROCMAP_QUERY ioctl; without it, maps.c reads the text of /proc/self/maps.
+ * vma.c - which vma holds an address. One PROCMAP_QUERY ioctl; without it, maps.c reads the text of
+ * /proc/self/maps.
  */
 #include <errno.h>
 #include <limits.h>
@@ -9,7 +10,8 @@
 
 #include "maps.h"
 
-static int query(struct pm_mm *mm, uint64_t addr, struct pm_abi_procmap_query *query, char *name, uint32_t size)
+static int query(struct pm_mm *mm, uint64_t addr, struct pm_abi_procmap_query *query, char *name,
+                 uint32_t size)
 {
     memset(query, 0, sizeof(*query));
     query->size = sizeof(*query);
@@ -22,8 +24,8 @@ static int query(struct pm_mm *mm, uint64_t addr, struct pm_abi_procmap_query *q
 }
 
 /* The kernel gives a name whole or not at all. */
-static __attribute__((noinline)) int query_long_name(struct pm_mm *mm, uint64_t addr, struct pm_abi_procmap_query *q,
-                                                     char *name, size_t size)
+static __attribute__((noinline)) int query_long_name(struct pm_mm *mm, uint64_t addr,
+                                                     struct pm_abi_procmap_query *q, char *name, size_t size)
 {
     char whole[PATH_MAX];
     int err = query(mm, addr, q, whole, sizeof(whole));
@@ -42,9 +44,10 @@ static int query_kernel(struct pm_mm *mm, uint64_t addr, struct pm_vma *ret)
         err = query_long_name(mm, addr, &q, ret->name, sizeof(ret->name));
     if (err)
         return err;
-    _Static_assert(PM_VMA_READ == PM_ABI_PROCMAP_VMA_READABLE && PM_VMA_WRITE == PM_ABI_PROCMAP_VMA_WRITABLE &&
-                       PM_VMA_EXEC == PM_ABI_PROCMAP_VMA_EXECUTABLE && PM_VMA_SHARED == PM_ABI_PROCMAP_VMA_SHARED,
-                   "the flags are the kernel's");
+    _Static_assert(
+        PM_VMA_READ == PM_ABI_PROCMAP_VMA_READABLE && PM_VMA_WRITE == PM_ABI_PROCMAP_VMA_WRITABLE &&
+            PM_VMA_EXEC == PM_ABI_PROCMAP_VMA_EXECUTABLE && PM_VMA_SHARED == PM_ABI_PROCMAP_VMA_SHARED,
+        "the flags are the kernel's");
     ret->start = q.vma_start;
     ret->end = q.vma_end;
     ret->flags = q.vma_flags & (PM_VMA_READ | PM_VMA_WRITE | PM_VMA_EXEC | PM_VMA_SHARED);
@@ -74,8 +77,9 @@ static bool may_be_special(const struct pm_vma *vma)
 }
 
 /*
- * VM_PFNMAP shows in smaps only, which is read at the cost of walking every page table. MADV_COLD refuses such a vma
- * (and mlocked ones), and is but a hint where it does not; it came with kernel 5.4, before that the name decides.
+ * VM_PFNMAP shows in smaps only, which is read at the cost of walking every page table. MADV_COLD refuses
+ * such a vma (and mlocked ones), and is but a hint where it does not; it came with kernel 5.4, before that
+ * the name decides.
  */
 static bool is_special(const struct pm_vma *vma)
 {

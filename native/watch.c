@@ -11,10 +11,12 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "internal.h"
 
 enum { LIST_SLACK = 64, AGAIN_LIMIT = 10000 };
+static const uint64_t event_limit_ns = 5000ULL * 1000 * 1000;
 
 static uint64_t wanted_features(const struct pm_mm *mm)
 {
@@ -117,6 +119,15 @@ static void drop_ranges(struct pm_mm *mm, uint32_t first, uint32_t n)
     mm->nwatched -= n;
 }
 
+/* Registered still, and to be unregistered at the end: then a child may hold the descriptor, and nobody reads events. */
+static void keep_unlisted(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    if (mm->unlisted.end == 0)
+        mm->unlisted.start = start;
+    mm->unlisted.start = pm_min(mm->unlisted.start, start);
+    mm->unlisted.end = pm_max(mm->unlisted.end, end);
+}
+
 /*
  * Take [start, end) out of the list. Without room to split a range its upper part is dropped too: it is
  * then registered once more some day, which does no harm.
@@ -133,8 +144,10 @@ static void forget(struct pm_mm *mm, uint64_t start, uint64_t end)
         mm->watched[i].end = start;
         i++;
         if (high.end > end) {
-            if (mm->nwatched == mm->watched_cap)
+            if (mm->nwatched == mm->watched_cap) {
+                keep_unlisted(mm, high.start, high.end);
                 return;
+            }
             memmove(&mm->watched[i + 1], &mm->watched[i], (mm->nwatched - i) * sizeof(high));
             mm->watched[i] = high;
             mm->nwatched++;
@@ -163,8 +176,10 @@ static void remember(struct pm_mm *mm, uint64_t start, uint64_t end)
         drop_ranges(mm, i + 1, last - i - 1);
         return;
     }
-    if (mm->nwatched == mm->watched_cap)
+    if (mm->nwatched == mm->watched_cap) {
+        keep_unlisted(mm, start, end);
         return;
+    }
     memmove(&mm->watched[i + 1], &mm->watched[i], (mm->nwatched - i) * sizeof(mm->watched[0]));
     mm->watched[i] = (struct pm_watch_range){start, end};
     mm->nwatched++;
@@ -176,9 +191,9 @@ void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end)
     count_watched(mm);
 }
 
-void pm_watch_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
+/* The old place is unmapped with a message of its own, or with MREMAP_DONTUNMAP stays mapped and registered. */
+void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len)
 {
-    forget(mm, from, from + len);
     remember(mm, to, to + len);
     count_watched(mm);
 }
@@ -270,7 +285,12 @@ static int64_t watch_interval(struct pm_mm *mm, uint64_t start, uint64_t end, ui
     struct pm_vma vma;
     uint64_t addr = start;
 
-    while (addr < end && pm_vma_query(mm, addr, &vma) == 0 && vma.start < end) {
+    while (addr < end) {
+        n = pm_vma_query(mm, addr, &vma);
+        if (n == -ENOENT || (!n && vma.start >= end))
+            break;
+        if (n)
+            return n;
         addr = vma.end;
         if (vma.flags & PM_VMA_SPECIAL)
             continue;
@@ -304,17 +324,21 @@ int64_t pm_watch(pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags)
     return ret;
 }
 
+/* Vma by vma, as one that cannot be registered makes the kernel refuse the whole. */
 static void unregister(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_vma vma;
     uint64_t addr = start;
 
-    while (addr < end && pm_vma_query(mm, addr, &vma) == 0 && vma.start < end) {
-        uint64_t first = pm_max(start, vma.start);
-        struct uffdio_range range = {first, pm_min(end, vma.end) - first};
+    while (addr < end) {
+        int err = pm_vma_query(mm, addr, &vma);
+        uint64_t first = err ? addr : pm_max(start, vma.start), last = err ? end : pm_min(end, vma.end);
+        struct uffdio_range range = {first, last - first};
 
+        if (err == -ENOENT || first >= end)
+            return;
         pm_sys_ioctl(mm->uffd, UFFDIO_UNREGISTER, &range);
-        addr = vma.end;
+        addr = last;
     }
 }
 
@@ -353,6 +377,19 @@ static bool next_watched(struct pm_mm *mm, uint64_t addr, struct pm_watch_range 
     return found;
 }
 
+/*
+ * A munmap that began before the end of the registration has its event still to come, and would wait for a reader for
+ * ever. The kernel refuses with EAGAIN while one is on its way.
+ */
+static void wait_for_events(struct pm_mm *mm)
+{
+    struct uffdio_writeprotect nothing = {.range = {0, PM_PAGE_SIZE}};
+    uint64_t until = pm_now_ns() + event_limit_ns;
+
+    while (pm_sys_ioctl(mm->uffd, UFFDIO_WRITEPROTECT, &nothing) == -EAGAIN && pm_now_ns() < until)
+        nanosleep(&(struct timespec){.tv_nsec = 50 * 1000}, NULL);
+}
+
 /* close(2) alone would not do: a child may hold the descriptor still. */
 void pm_unwatch_all(struct pm_mm *mm)
 {
@@ -362,6 +399,8 @@ void pm_unwatch_all(struct pm_mm *mm)
         return;
     while (next_watched(mm, range.end, &range))
         unregister(mm, range.start, range.end);
+    unregister(mm, mm->unlisted.start, mm->unlisted.end);
+    wait_for_events(mm);
 }
 
 /*

@@ -46,19 +46,19 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
         self.taken_by: int | None = None
         self.since_ns = 0
         key = id(self)
-        _locks[key] = weakref.ref(self, lambda _, forget=_locks.pop: forget(key, None))
+        _locks[key] = weakref.ref(self, lambda _: _forget(key))
 
     @property
     def held(self) -> bool:
         """Whether the calling thread holds it."""
-        return bool(self._is_owned())
+        return bool(self._is_owned())  # type: ignore[attr-defined]
 
     @property
     def owner(self) -> int | None:
         """The ident of the thread that holds it, for dumps."""
         return self.taken_by if super().__repr__().startswith("<locked") else None
 
-    def acquire(self, timeout: float = -1) -> bool:
+    def acquire(self, timeout: float = -1) -> bool:  # type: ignore[override]
         """Take it; with a timeout in seconds, False when it could not be had in time."""
         if self.held:
             raise MirrorError(
@@ -73,7 +73,7 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
             self.since_ns = time.monotonic_ns()
             _thread.taken = [*(lock for lock in held_here() if lock is not self), self]
         except BaseException:
-            if self.held:
+            if self._is_owned():  # type: ignore[attr-defined]
                 super().release()
             raise
         return True
@@ -84,12 +84,16 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
             raise MirrorError(errno.EPERM, message, hint="acquire() it first")
         super().release()
 
-    def __enter__(self) -> DriverLock:
+    def __enter__(self) -> DriverLock:  # type: ignore[override]
         self.acquire()
         return self
 
     def __repr__(self) -> str:
         return f"<DriverLock {self.name!r} {'free' if self.owner is None else 'held'}>"
+
+
+def _forget(key: int, forget: Callable[..., object] = _locks.pop) -> None:
+    forget(key, None)
 
 
 def driver_locks() -> list[DriverLock]:

@@ -27,7 +27,7 @@ from .event import Event, python_end
 from .lock import MmapLock, not_under_driver_lock
 from .notifier import CallbackError, NotifierSet
 from .ops import MemoryOperations
-from .region import RegionMap
+from .region import Region, RegionMap
 
 _FAULT_DELIVERY = ("thread", "inline")
 _ERRORS_KEPT = 256
@@ -222,7 +222,7 @@ class AddressSpace(MemoryOperations):
             # ESRCH: the mm is closed.
             with suppress(MirrorError):
                 for hole in self._holes(first, last):
-                    self._regions.carve(*hole, only=region)
+                    self._regions.settle(self._regions.disown(*hole, only=region))
 
     def _holes(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         at = start
@@ -233,16 +233,17 @@ class AddressSpace(MemoryOperations):
         if at < end:
             yield at, end
 
-    def _unmap_for_region(self, region: Any, start: int, end: int) -> None:
-        if not self._closed:
-            try:
-                self.munmap(start, end - start)
-                return
-            except MirrorError as refused:
-                if refused.errno != errno.ESRCH:
-                    raise
+    def _unmap_region(self, region: Region) -> None:
+        """Region.close(). Looks under the lock at what is left: another thread may unmap it too."""
+        try:
+            with self._operation("Region.close"):
+                for start, end in region.left:
+                    self._unmap("Region.close", start, end)
+        except MirrorError as refused:
+            if refused.errno != errno.ESRCH:
+                raise
             self.close()
-        region._held.release()
+            region._held.release()
 
 
 def _create(disabled: int, queue_length: int) -> Any:

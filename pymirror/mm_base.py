@@ -14,6 +14,7 @@ from .affected import PAGE_SIZE, USER_END
 from .errors import MirrorError, check
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end
 from .lock import MmapLock, not_in_callback, not_under_driver_lock
+from .region import RegionMap
 from .vma import Vma, find_vma, walk_vmas
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class MmBase:
     notifiers: NotifierSet
     pid: int
     _mmap_lock: MmapLock
+    _regions: RegionMap
     _closed: bool
     _closing: bool
 

@@ -24,7 +24,7 @@ from .errors import MirrorError, check, error
 from .event import Event
 from .mapping import backing, check_mmap, map_memory
 from .mm_base import MmBase
-from .region import Region, RegionMap, make_region
+from .region import Piece, Region, make_region
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -39,8 +39,6 @@ logger = logging.getLogger("pymirror")
 
 class MemoryOperations(MmBase):
     """The part of AddressSpace that changes memory."""
-
-    _regions: RegionMap
 
     def mmap(
         self,
@@ -93,10 +91,7 @@ class MemoryOperations(MmBase):
         start, end = affected.check_span(self, "munmap", addr, size)
         with self._operation("munmap"):
             affected.check_huge_cuts(self, "munmap", start, end)
-            change = [(start, end)] if self._mapped(start, end) else []
-            with self._invalidating(change, Event.UNMAP):
-                check(lib.pm_munmap(self.native, start, end - start), "munmap", addr=start, mm=self)
-                self._regions.carve(start, end)
+            self._unmap("munmap", start, end)
 
     def mprotect(self, addr: int, size: int, prot: int) -> None:
         """Set the protection, as mprotect(2): event PROTECTION_VMA over each vma whose protection changes.
@@ -160,7 +155,7 @@ class MemoryOperations(MmBase):
             affected.check_huge_cuts(self, "mremap", start, end)
             new_size = affected.page_up(new_size, vma.page_size)
         if vma.end < end:
-            # Watching a part of it may have split a vma that the kernel would move whole: watched as a whole it is one.
+            # Watching a part may have split a vma that the kernel would move whole: watched whole it is one.
             self.watch(start, end, files=True)
         if start == end and not vma.shared:
             raise affected.invalid(self, "mremap", "old size 0", start, "give the size of what is to move")
@@ -169,7 +164,7 @@ class MemoryOperations(MmBase):
             fd = os.dup(mould.fd) if mould is not None and mould.fd >= 0 else -1
             if fd >= 0:
                 undo.callback(os.close, fd)
-            place = self._move(old, new_size, flags, target)
+            place, lost = self._move(old, new_size, flags, target)
             undo.pop_all()
         region = make_region(
             cast("AddressSpace", self),
@@ -180,12 +175,14 @@ class MemoryOperations(MmBase):
             huge=mould.huge if mould is not None else ("hugetlb" if vma.hugetlb else None),
             fd=fd,
         )
-        self._account_move(old, region, flags)
+        self._regions.add(region)
+        # Grown or shrunk in place: views of the old Region are views of the new one's memory.
+        self._regions.settle(lost, heir=region if place == start else None)
         self._watch_new(place, place + new_size)
         return region
 
-    def _move(self, old: Interval, new_size: int, flags: int, target: int) -> int:
-        """The system call, announced for what it takes away; the new address."""
+    def _move(self, old: Interval, new_size: int, flags: int, target: int) -> tuple[int, list[Piece]]:
+        """The system call, announced for what it takes away. Gives the new address, and what Regions lost."""
         start, end = old
         moves = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)
         change = []
@@ -203,32 +200,43 @@ class MemoryOperations(MmBase):
         with self._invalidating(change, Event.UNMAP):
             return self._mremap_call(old, new_size, flags, target)
 
-    def _mremap_call(self, old: Interval, new_size: int, flags: int, target: int) -> int:
+    def _mremap_call(self, old: Interval, new_size: int, flags: int, target: int) -> tuple[int, list[Piece]]:
         place = ffi.new("uint64_t *")
-        ret = lib.pm_mremap(self.native, old[0], old[1] - old[0], new_size, flags, target, place)
+        taken = [] if flags & MREMAP_DONTUNMAP else [old]
+        if flags & MREMAP_FIXED:
+            taken.append((target, target + new_size))
+        with self._disowned(taken) as lost:
+            ret = lib.pm_mremap(self.native, old[0], old[1] - old[0], new_size, flags, target, place)
+            self._check_mremap(ret, old[0], flags)
+        return int(place[0]), lost
+
+    def _check_mremap(self, ret: int, addr: int, flags: int) -> None:
         if ret == -errno.ENOMEM and not flags & MREMAP_MAYMOVE:
             raise _NoRoomError(
                 errno.ENOMEM,
-                f"mremap at {old[0]:#x}: no room to grow in place",
-                addr=old[0],
-                vma=self._vma_for_error(old[0]),
+                f"mremap at {addr:#x}: no room to grow in place",
+                addr=addr,
+                vma=self._vma_for_error(addr),
                 hint="give MREMAP_MAYMOVE",
             )
         hint = "mremap() wants one vma: move what /proc/self/maps shows as several piece by piece"
-        check(ret, "mremap", addr=old[0], mm=self, hint=hint if ret == -errno.EFAULT else None)
-        return int(place[0])
+        check(ret, "mremap", addr=addr, mm=self, hint=hint if ret == -errno.EFAULT else None)
 
-    def _account_move(self, old: Interval, region: Region, flags: int) -> None:
-        start, end = old
-        stop = region.addr + region.size
-        if region.addr == start:
-            self._regions.carve(stop, end)
-            self._regions.carve(start, stop, heir=region)
-        else:
-            self._regions.carve(region.addr, stop)
-            if not flags & MREMAP_DONTUNMAP:
-                self._regions.carve(start, end)
-        self._regions.add(region)
+    def _unmap(self, what: str, start: int, end: int) -> None:
+        change = [(start, end)] if self._mapped(start, end) else []
+        with self._invalidating(change, Event.UNMAP), self._disowned([(start, end)]) as lost:
+            check(lib.pm_munmap(self.native, start, end - start), what, addr=start, mm=self)
+        self._regions.settle(lost)
+
+    @contextmanager
+    def _disowned(self, intervals: list[Interval]) -> Iterator[list[Piece]]:
+        """What a system call is about to take away from its Regions; they have it back when it is refused."""
+        lost = [piece for interval in intervals for piece in self._regions.disown(*interval)]
+        try:
+            yield lost
+        except MirrorError:
+            self._regions.restore(lost)
+            raise
 
     def _mould(self, addr: int) -> Region | None:
         """The Region at addr, whose properties a moved piece of it keeps."""

@@ -81,8 +81,8 @@ class PageTable:
         out. The check and the programming are one step under the native device lock. Memory of a file is
         watched from here on.
 
-        EXDEV: the table has entries of another address space. EINVAL: not the memory of the target. EDEADLK
-        in a callback.
+        EXDEV: the table has entries of another address space. ESRCH: it was made before a fork, in the
+        parent. EINVAL: not the memory of the target. EDEADLK in a callback.
         """
         not_in_callback("PageTable.map")
         if isinstance(target, Range):
@@ -107,6 +107,12 @@ class PageTable:
             return False
         target.mm.watch(start, end, files=True)
         ret = lib.pm_table_map(self._native, sub, seq, start, n, buffer)
+        if ret == -errno.ESRCH and lib.pm_mm_alive(target.mm.native) == 1:
+            raise MirrorError(
+                errno.ESRCH,
+                "PageTable.map: the page table is that of the process which this one was forked from",
+                hint="make a new Device in the child",
+            )
         if ret in (-errno.EBUSY, -errno.ESRCH):
             return False
         check(ret, "PageTable.map", addr=start, mm=target.mm)

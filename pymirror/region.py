@@ -63,8 +63,7 @@ class Region:
             raise BufferError(
                 f"close: {views} view(s) of the Region at {self.addr:#x} live: del them first, or munmap() it"
             )
-        for start, end in self.left:
-            self.mm._unmap_for_region(self, start, end)
+        self.mm._unmap_region(self)
 
     def __enter__(self) -> Region:
         return self
@@ -117,8 +116,15 @@ class _Held:
         """[start, end) is no longer the Region's."""
         pieces = [piece for s, e in self.extents for piece in ((s, min(e, start)), (max(s, end), e))]
         self.extents[:] = [(s, e) for s, e in pieces if s < e]
-        if not self.extents:
-            self.close_fd()
+
+    def restore(self, start: int, end: int) -> None:
+        """[start, end) is the Region's still."""
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted([*self.extents, (start, end)]):
+            if merged and merged[-1][1] == first:
+                first = merged.pop()[0]
+            merged.append((first, last))
+        self.extents[:] = merged
 
     def close_fd(self) -> None:
         fd, self.fd = self.fd, -1
@@ -150,8 +156,15 @@ def make_region(
     return region
 
 
+Piece = tuple[int, int, Region]
+
+
 class RegionMap:
-    """Which Region owns which addresses of one mm."""
+    """Which Region owns which addresses of one mm.
+
+    Who takes memory away disowns it first, makes the system call, and then settles, or restores when that
+    failed: in the other order Ctrl-C after the call would leave a Region that unmaps what is another's.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -167,12 +180,12 @@ class RegionMap:
 
     def add(self, region: Region) -> None:
         """What was mapped just now is the Region's: who had it before lost it behind our back."""
-        self.carve(region.addr, region.addr + region.size)
+        start, end = region.addr, region.addr + region.size
+        self.settle(self.disown(start, end))
         with self._lock:
-            for start, end in region._held.extents:
-                self._insert(start, end, region)
+            self._insert(start, end, region)
 
-    def overlapping(self, start: int, end: int) -> list[tuple[int, int, Region]]:
+    def overlapping(self, start: int, end: int) -> list[Piece]:
         """The owned pieces inside [start, end), cut to it, in order."""
         with self._lock:
             return self._overlapping(start, end)
@@ -185,16 +198,30 @@ class RegionMap:
             }
             return sorted((at, self._owned[at][0]) for at in touched)
 
-    def carve(self, start: int, end: int, *, heir: Region | None = None, only: Region | None = None) -> None:
-        """[start, end) leaves its Regions, or the one named. They keep an ``heir`` to it alive."""
+    def disown(self, start: int, end: int, only: Region | None = None) -> list[Piece]:
+        """[start, end) leaves its Regions, or the one named; the pieces that they lost."""
         with self._lock:
-            for first, last, region in self._overlapping(start, end):
-                if only is not None and region is not only:
-                    continue
-                self._cut(first, last, region)
+            pieces = self._overlapping(start, end)
+            pieces = [piece for piece in pieces if only is None or piece[2] is only]
+            for first, last, region in pieces:
+                self._cut(first, last)
                 region._held.carve(first, last)
-                if heir is not None:
-                    region._heirs.append(heir)
+            return pieces
+
+    def restore(self, pieces: list[Piece]) -> None:
+        """The pieces were not taken away after all."""
+        with self._lock:
+            for start, end, region in pieces:
+                self._insert(start, end, region)
+                region._held.restore(start, end)
+
+    def settle(self, pieces: list[Piece], heir: Region | None = None) -> None:
+        """The pieces are gone. The Regions keep an ``heir`` alive, which has their memory now."""
+        for _, _, region in pieces:
+            if heir is not None:
+                region._heirs.append(heir)
+            if region.closed:
+                region._held.close_fd()
 
     def clear(self) -> None:
         with self._lock:
@@ -203,7 +230,7 @@ class RegionMap:
         # Outside the lock: the last reference to a Region unmaps it.
         del dropped
 
-    def _overlapping(self, start: int, end: int) -> list[tuple[int, int, Region]]:
+    def _overlapping(self, start: int, end: int) -> list[Piece]:
         first = max(bisect_right(self._starts, start) - 1, 0)
         owned = ((at, *self._owned[at]) for at in self._starts[first : bisect_left(self._starts, end)])
         return [(max(at, start), min(stop, end), region) for at, stop, region in owned if stop > start]
@@ -212,9 +239,9 @@ class RegionMap:
         insort(self._starts, start)
         self._owned[start] = (end, region)
 
-    def _cut(self, start: int, end: int, region: Region) -> None:
+    def _cut(self, start: int, end: int) -> None:
         at = self._starts[bisect_right(self._starts, start) - 1]
-        stop, _ = self._owned.pop(at)
+        stop, region = self._owned.pop(at)
         del self._starts[bisect_left(self._starts, at)]
         if at < start:
             self._insert(at, start, region)

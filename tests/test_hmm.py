@@ -300,8 +300,8 @@ class TestAfterTheEnd:
         with whole(driver, buf) as rng:
             rng.fault()
             foreign.munmap(buf.addr + PAGE, PAGE)
-            mm.sync()
             assert not rng.valid
+            mm.sync()
             (update,) = driver.updates
             assert (update.event, update.guarantee) == (pm.Event.UNMAP, "after")
             assert (update.start, update.end) == (buf.addr + PAGE, buf.addr + 2 * PAGE)

@@ -43,13 +43,23 @@ def held_elsewhere(lock: Callable[[], object]) -> Iterator[None]:
 def ctrl_c_after(seconds: float) -> Iterator[None]:
     """The main thread gets SIGINT while it waits."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(seconds, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
-    timer.start()
+    main, go = threading.get_ident(), threading.Event()
+
+    def interrupt() -> None:
+        go.wait(10)
+        time.sleep(seconds)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    interrupter = Background(interrupt)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
+        go.set()
+        yield
+    except KeyboardInterrupt:
+        pass
+    else:
+        pytest.fail("Ctrl-C did not end the wait")
     finally:
-        timer.join()
+        interrupter.result()
         signal.signal(signal.SIGINT, previous)
 
 
@@ -252,7 +262,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_held(mm: pm.AddressSpace) -> None:
 
     sub = pm.IntervalNotifier(mm, 0, WHOLE_MM_END, invalidate)
     for i in range(300):
-        with ctrl_c_after(0.002 + i % 97 * 1e-5):
+        with ctrl_c_after(i % 97 * 1e-5):
             while True:
                 mm.madvise(region.addr, PAGE, 4)
                 with mm.read_lock(), lock:

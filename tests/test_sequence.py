@@ -146,15 +146,20 @@ class TestCtrlC:
 
 def interrupted(wait: Callable[..., object], **how: Any) -> bool:
     """Whether SIGINT, a moment after the wait began, ends it at once."""
-    timer = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-    timer.start()
-    began = time.monotonic()
+    going, main = threading.Event(), threading.get_ident()
+
+    def strike() -> float:
+        assert going.wait(WAIT_S)
+        time.sleep(0.1)
+        signal.pthread_kill(main, signal.SIGINT)
+        return time.monotonic()
+
+    struck = Background(strike)
     try:
+        going.set()
         wait(**how)
     except KeyboardInterrupt:
-        return time.monotonic() - began < 1.0
-    finally:
-        timer.join()
+        return time.monotonic() - struck.result() < 1.0
     return False
 
 

@@ -210,7 +210,9 @@ class Dmirror:
         valid = (pfns & HMM_PFN_VALID) != 0
         writable = (pfns & HMM_PFN_WRITE) != 0
         protections = np.where(writable, PROT_WRITE, PROT_READ)
-        protections |= np.where(hmm_pfn_to_pfn(pfns) == self.mm.features.zero_pfn, PROT_ZERO, 0)
+        # 0: not known, as PFNs are not shown to everybody.
+        if zero := self.mm.features.zero_pfn:
+            protections |= np.where(hmm_pfn_to_pfn(pfns) == zero, PROT_ZERO, 0)
         protections |= np.where(hmm_pfn_to_map_order(pfns) == _PMD_ORDER, PROT_PMD, 0)
         protections = np.where(valid, protections, PROT_NONE)
         protections = np.where((pfns & HMM_PFN_ERROR) != 0, PROT_ERROR, protections)

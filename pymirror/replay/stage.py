@@ -33,8 +33,8 @@ MADV_NOHUGEPAGE = 15
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 FILE_BASE = 0x40
 # Fault-around maps the aligned 64 KiB around a touch, so what a read brings in depends on where the mapping
-# stands. In the recordings mappings of files end 14 pages into such a block, and what moves goes to just
-# below where it was: every scenario that shows it agrees.
+# stands. In the recordings mappings of files end 14 pages into such a block, and what moves begins there
+# again: every scenario that shows it agrees.
 FILE_END = 14 * PAGE
 DEVICES = 2
 DEVICE_FILL = 0xEE
@@ -98,7 +98,8 @@ class Stage:
 
     def _first_bytes(self, step: Step) -> npt.NDArray[np.uint8]:
         addr, size = self._span(step)
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(addr), np.uint8)[::PAGE]
+        memory = memoryview((ctypes.c_uint8 * size).from_address(addr))
+        return np.frombuffer(memory, np.uint8)[::PAGE]
 
     def _mmap(self, step: Step) -> dict[str, Any]:
         self._kind, self._npages = step["kind"], step["pages"]
@@ -119,7 +120,7 @@ class Stage:
             region = self._mm.mmap(size, prot=prot, shared=True)
         else:
             region = self._mm.mmap(size, prot=prot, shared=kind == "file_shared", fd=self._file(size))
-        return self._move(region.addr, size, FILE_END)
+        return self._move(region.addr, size, FILE_END - size)
 
     def _file(self, size: int) -> int:
         fd = os.memfd_create("pymirror-replay")
@@ -147,18 +148,16 @@ class Stage:
     def _mremap(self, _step: Step) -> dict[str, Any]:
         size = self._npages * PAGE
         with _errno() as outcome:
-            moved = self._move(self._addr, size, self._addr % HUGE)
+            moved = self._move(self._addr, size, self._addr + size)
             self._regions.append(moved)
             self._addr = moved.addr
         return outcome
 
-    def _move(self, addr: int, size: int, end: int) -> Region:
-        """Move [addr, addr + size) to where it ends `end` bytes after a multiple of 2 MiB."""
-        with self._mm.mmap(size + 2 * HUGE, prot=PROT_NONE) as reserved:
-            stop = -(-(reserved.addr + size) // HUGE) * HUGE + end
-            return self._mm.mremap(
-                addr, size, size, flags=MREMAP_MAYMOVE | MREMAP_FIXED, new_addr=stop - size
-            )
+    def _move(self, addr: int, size: int, like: int) -> Region:
+        """Move [addr, addr + size) to an address that stands in its 2 MiB as `like` does."""
+        with self._mm.mmap(size + HUGE, prot=PROT_NONE) as reserved:
+            place = reserved.addr + (like - reserved.addr) % HUGE
+            return self._mm.mremap(addr, size, size, flags=MREMAP_MAYMOVE | MREMAP_FIXED, new_addr=place)
 
     def _cpu_write(self, step: Step) -> dict[str, Any]:
         self._first_bytes(step)[:] = _counting(step)
@@ -206,7 +205,8 @@ class Stage:
 
 
 def _counting(step: Step) -> npt.NDArray[np.uint8]:
-    return (np.arange(step["count"]) + step["value"]).astype(np.uint8)
+    values: npt.NDArray[np.uint8] = (np.arange(step["count"]) + step["value"]).astype(np.uint8)
+    return values
 
 
 @contextmanager

@@ -1,0 +1,141 @@
+"""Recorded scenarios of a real kernel, replayed: what must be equal, and that each difference is accounted for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from seams import NOT_HERE
+
+import pymirror as pm
+from pymirror.replay import Scenario, Summary, load, play, play_all, read_pages
+
+PAGE = 4096
+MUST_BE_EQUAL = {"errno", "data", "cpages"}
+FIDELITY = Path(__file__).parent.parent / "docs" / "fidelity.md"
+ROW = re.compile(r"\| (\w\d+) \| (\w+) \| ([\w, ]+) \| ([^|]+) \|")
+HOSTS_OWN = {"huge zero page", "fault-around"}
+MIGRATING = {"migrate_to_dev", "migrate_to_sys", "exclusive", "check_exclusive"}
+
+
+class Known(NamedTuple):
+    """A scenario that differs, as docs/fidelity.md lists it."""
+
+    kind: str
+    fields: set[str]
+    reason: str
+
+
+def listed() -> dict[str, Known]:
+    rows = ROW.findall(FIDELITY.read_text(encoding="utf-8"))
+    return {name: Known(kind, set(fields.split(", ")), reason) for name, kind, fields, reason in rows}
+
+
+KNOWN = listed()
+
+
+@cache
+def replayed(file: Path) -> Summary:
+    return play_all(load(file))
+
+
+@pytest.fixture(params=["cpu", "scenarios", "coherent"])
+def recording(request: pytest.FixtureRequest, golden: Path) -> Path:
+    return golden / f"{request.param}.jsonl"
+
+
+def scenario_of(golden: Path, name: str) -> Scenario | None:
+    every = (one for file in sorted(golden.glob("*.jsonl")) for one in load(file))
+    return next((one for one in every if one.id == name), None)
+
+
+def test_errno_data_and_page_counts_are_equal_in_all(recording: Path) -> None:
+    wrong = {one.scenario.id: one.fields & MUST_BE_EQUAL for one in replayed(recording).different}
+    assert {name: fields for name, fields in wrong.items() if fields} == {}
+
+
+@pytest.mark.root
+def test_every_difference_is_listed_with_its_fields(recording: Path) -> None:
+    found = {one.scenario.id: one.fields for one in replayed(recording).different}
+    assert found == {name: KNOWN[name].fields for name in found if name in KNOWN}
+
+
+@pytest.mark.root
+def test_at_most_five_percent_differ(golden: Path) -> None:
+    summary = replayed(golden / "cpu.jsonl")
+    assert len(summary.different) <= 0.05 * len(summary.results)
+
+
+@pytest.mark.root
+def test_the_raw_page_table_shows_what_is_called_the_hosts_own(recording: Path) -> None:
+    different = {one.scenario.id: one for one in replayed(recording).different}
+    called = {name for name in different if name in KNOWN and KNOWN[name].reason in HOSTS_OWN}
+    assert {name for name, one in different.items() if one.shown_by_page_table} == called
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_listed_differs_still(golden: Path, name: str) -> None:
+    scenario = scenario_of(golden, name)
+    if scenario is None:
+        pytest.skip(f"{NOT_HERE}: no scenario {name} in {golden}")
+    if not holds(KNOWN[name].reason):
+        pytest.skip(f"{NOT_HERE}: {KNOWN[name].reason} is as it was recorded")
+    assert scenario.kind == KNOWN[name].kind
+    assert not all(play(scenario).equal for _ in range(3)), "equal now: take it out of docs/fidelity.md"
+
+
+def test_what_cannot_be_replayed_is_unsupported_and_not_played(recording: Path) -> None:
+    for one in replayed(recording).results:
+        ops = {step["op"] for step in one.scenario.steps}
+        if one.scenario.devices != "private" or ops & MIGRATING:
+            assert one.left_out
+        elif one.left_out:
+            assert one.scenario.kind == "hugetlb"
+        assert bool(one.outcomes) != bool(one.left_out)
+        assert not (one.left_out and one.equal)
+
+
+def test_the_counts_add_up(recording: Path) -> None:
+    counts = replayed(recording).json()
+    assert list(counts) == ["scenarios", "equal", "unsupported", "differ", "different"]
+    assert list(counts["differ"]) == ["errno", "data", "prot", "cpages", "faults"]
+    assert counts["scenarios"] == len(load(recording))
+    assert counts["scenarios"] == counts["equal"] + counts["unsupported"] + len(counts["different"])
+    assert max(counts["differ"].values()) <= len(counts["different"]) <= sum(counts["differ"].values())
+
+
+@cache
+def holds(reason: str) -> bool:
+    """Whether this host does what the reason says of it, seen without a scenario."""
+    if reason == "huge zero page":
+        return allocates_over_the_huge_zero_page()
+    if reason == "fault-around":
+        return watched_files_have_no_fault_around()
+    return reason == "not watched"
+
+
+def allocates_over_the_huge_zero_page() -> bool:
+    with pm.AddressSpace() as mm, mm.mmap(2 * pm.MiB, huge="thp") as region:
+        ctypes.string_at(region.addr, 1)
+        before = read_pages(region.addr, 1)[0]
+        region[0] = 1
+        after = read_pages(region.addr, 1)[0]
+    return before.huge and before.zero and after.huge
+
+
+def watched_files_have_no_fault_around() -> bool:
+    present = []
+    for watch in (False, True):
+        with pm.AddressSpace() as mm, mm.mmap(32 * PAGE, shared=True) as region:
+            os.pwrite(region.fd, bytes(region.size), 0)
+            if watch:
+                mm.watch(region.addr, region.addr + region.size, files=True)
+            ctypes.string_at(region.addr + 16 * PAGE, 1)
+            present.append(sum(page.present for page in read_pages(region.addr, 32)))
+    return present[0] > 1 and present[1] == 1
