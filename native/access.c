@@ -2,8 +2,9 @@
 /*
  * access.c - the device reads and writes process memory through its page table.
  *
- * A read is optimistic: it is announced, copies with no lock held, and is discarded and done again if an invalidation
- * passed meanwhile. A write cannot be taken back: it is announced, and an invalidation waits for it.
+ * A read is optimistic: it is announced, copies with no lock held, and is discarded and done again if an
+ * invalidation passed meanwhile. A write cannot be taken back: it is announced, and an invalidation waits for
+ * it.
  */
 #include <errno.h>
 #include <string.h>
@@ -95,7 +96,8 @@ static void withdraw(struct span *span)
         pthread_cond_broadcast(&span->mm->drained);
 }
 
-/* Narrow the span to the pages whose PFNs are those programmed: the first other one is a change nobody told of. */
+/* Narrow the span to the pages whose PFNs are those programmed: the first other one is a change nobody told
+ * of. */
 static int check_pages(struct span *span, struct pm_access *access)
 {
     uint64_t seen[ACCESS_PAGES];
@@ -128,7 +130,8 @@ static int check_pages(struct span *span, struct pm_access *access)
 /* Bytes copied, or -EFAULT with the fault set, or another errno. */
 static int64_t copy(struct span *span, struct pm_access *access, char *buf)
 {
-    ssize_t n = span->write ? pm_sys_vm_writev(buf, span->addr, span->len) : pm_sys_vm_readv(buf, span->addr, span->len);
+    ssize_t n = span->write ? pm_sys_vm_writev(buf, span->addr, span->len)
+                            : pm_sys_vm_readv(buf, span->addr, span->len);
 
     if (n == -EINTR)
         return 0;
@@ -138,7 +141,8 @@ static int64_t copy(struct span *span, struct pm_access *access, char *buf)
     return -EFAULT;
 }
 
-/* A stream of writes must not keep an invalidation waiting; nor may one that is stuck keep a writer for ever. */
+/* A stream of writes must not keep an invalidation waiting; nor may one that is stuck keep a writer for ever.
+ */
 static void let_drains_by(struct pm_mm *mm)
 {
     uint64_t until = pm_now_ns() + writer_wait_ns;
@@ -214,7 +218,8 @@ int pm_access(pm_table *table, struct pm_access *access)
         return -ESRCH;
     mm = pm_table_mm(table);
     if (!mm) {
-        fault_at(access, pm_page_down(access->addr), pm_page_down(access->addr) + PM_PAGE_SIZE, PM_FAULT_MISSING);
+        fault_at(access, pm_page_down(access->addr), pm_page_down(access->addr) + PM_PAGE_SIZE,
+                 PM_FAULT_MISSING);
         return -EFAULT;
     }
     err = pm_mm_enter(mm);

@@ -2,10 +2,11 @@
 /*
  * fork.c - what libc's fork means for the contexts of this process.
  *
- * A fork write-protects the parent's private pages: an invalidation of the whole mm but the shared mappings that are watched
- * (a device maps no other), in one piece between each two of them, begun before it and ended after it.
- * The device lock is not held in between, since fork() waits for the monitor, which needs it. The child has none
- * of the threads: it closes the descriptors, which would keep the parent's registrations alive, and its contexts are dead.
+ * A fork write-protects the parent's private pages: an invalidation of the whole mm but the shared mappings
+ * that are watched (a device maps no other), in one piece between each two of them, begun before it and ended
+ * after it. The device lock is not held in between, since fork() waits for the monitor, which needs it. The
+ * child has none of the threads: it closes the descriptors, which would keep the parent's registrations
+ * alive, and its contexts are dead.
  */
 #include <string.h>
 

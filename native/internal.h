@@ -90,20 +90,21 @@ int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64
 int pm_sys_munmap(uint64_t addr, uint64_t len);
 int pm_sys_mprotect(uint64_t addr, uint64_t len, int prot);
 int pm_sys_madvise(uint64_t addr, uint64_t len, int advice);
-int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr, uint64_t *ret);
+int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr,
+                  uint64_t *ret);
 int pm_sys_mincore(uint64_t addr, uint64_t len, unsigned char *vec);
 int pm_sys_userfaultfd(int flags);
 int pm_sys_eventfd(void);
 int pm_sys_memfd(const char *name);
 int pm_sys_ftruncate(int fd, uint64_t len);
-ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len);       /* of this process */
+ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len);        /* of this process */
 ssize_t pm_sys_vm_writev(const void *buf, uint64_t addr, size_t len); /* of this process */
 int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg); /* with every signal blocked */
-void *pm_sys_calloc(size_t n, size_t size);                          /* NULL on failure */
-int pm_sys_io_uring_setup(unsigned entries, void *params);                       /* counted as open */
+void *pm_sys_calloc(size_t n, size_t size);                           /* NULL on failure */
+int pm_sys_io_uring_setup(unsigned entries, void *params);            /* counted as open */
 int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count); /* counted as ioctl */
 int pm_gettid(void);
-uint64_t pm_now_ns(void); /* CLOCK_MONOTONIC */
+uint64_t pm_now_ns(void);        /* CLOCK_MONOTONIC */
 uint64_t pm_inject_struck(void); /* times that the present injection has struck */
 
 /* testing.c: named points. One relaxed load when nothing is armed. */
@@ -147,13 +148,13 @@ struct pm_inv {
     uint64_t start, last;
     uint64_t seq;
     uint64_t since_ns;
-    uint64_t until_ns;  /* a lingering REMOVE: when it ends whatever the pagemap shows */
+    uint64_t until_ns; /* a lingering REMOVE: when it ends whatever the pagemap shows */
     uint64_t earliest_ns;
-    uint64_t removed;   /* an API operation: up to where REMOVEs have been taken for its own */
+    uint64_t removed; /* an API operation: up to where REMOVEs have been taken for its own */
     int event, guarantee;
-    bool undelivered;   /* an API operation whose callbacks have not returned */
-    bool linger;        /* a REMOVE read by the monitor */
-    bool used;          /* slot of a pool is taken */
+    bool undelivered; /* an API operation whose callbacks have not returned */
+    bool linger;      /* a REMOVE read by the monitor */
+    bool used;        /* slot of a pool is taken */
 };
 
 struct pm_inflight {
@@ -173,9 +174,9 @@ struct pm_watch_range {
 struct pm_mm {
     struct pm_mm *next; /* registry */
     atomic_int refs;
-    atomic_int state;   /* enum pm_mm_state */
-    atomic_int users;   /* calls that use the descriptors: close waits for them */
-    uint64_t owner;     /* pm_process() of the process that made it */
+    atomic_int state; /* enum pm_mm_state */
+    atomic_int users; /* calls that use the descriptors: close waits for them */
+    uint64_t owner;   /* pm_process() of the process that made it */
     struct pm_features features;
 
     uint64_t disable; /* features to do without */
@@ -211,14 +212,15 @@ struct pm_mm {
     bool overflowed;
     struct pm_event overflow;
     bool delivering;
-    struct pm_event current;       /* the event whose callbacks run */
+    struct pm_event current; /* the event whose callbacks run */
     uint64_t queued_total, done_total;
 
-    pthread_mutex_t watch_lock; /* orders watch and unwatch; never taken by the monitor */
+    pthread_mutex_t watch_lock;     /* orders watch and unwatch; never taken by the monitor */
     struct pm_watch_range *watched; /* sorted, disjoint; under the device lock */
     uint32_t nwatched, watched_cap;
     uint64_t watched_bytes;
-    struct pm_watch_range unlisted; /* from the first to the last that is registered and found no room in the list */
+    struct pm_watch_range
+        unlisted; /* from the first to the last that is registered and found no room in the list */
 
     pthread_t monitor;
     bool monitor_running;
@@ -240,7 +242,7 @@ void pm_mm_get(struct pm_mm *mm);
 bool pm_mm_owned(const struct pm_mm *mm); /* false in a forked child */
 /* A number of this process that a child, also one of a raw clone, does not have: one load, no system call. */
 uint64_t pm_process(void);
-void pm_lock(struct pm_mm *mm);   /* blocks asynchronous signals too: a handler must not meet the lock */
+void pm_lock(struct pm_mm *mm); /* blocks asynchronous signals too: a handler must not meet the lock */
 void pm_unlock(struct pm_mm *mm);
 /* Wait on a condition under the lock until `until_ns` (CLOCK_MONOTONIC): 0 or -ETIMEDOUT. */
 int pm_wait(struct pm_mm *mm, pthread_cond_t *cond, uint64_t until_ns);
@@ -265,7 +267,8 @@ int pm_uffd_api(int fd, uint64_t features);
 int pm_vma_query(struct pm_mm *mm, uint64_t addr, struct pm_vma *ret);
 
 /* invalidate.c: with the device lock held */
-uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint64_t last, int event, int guarantee);
+uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint64_t last, int event,
+                     int guarantee);
 void pm_inv_close(struct pm_mm *mm, struct pm_inv *inv);
 /* Is the event the doing of an API operation that is open? It belongs to it then, and is not told again. */
 bool pm_inv_claims(struct pm_mm *mm, uint64_t start, uint64_t last, int event);
@@ -279,20 +282,22 @@ void pm_queue_push(struct pm_mm *mm, const struct pm_event *event);
 /* table.c: with the device lock held */
 void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq);
 
-/* verify.c: pfns of [start, end) as just read against the device tables: 0, or -ESTALE and the first changed run */
-int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint64_t *pfns, uint64_t *cs, uint64_t *ce);
+/* verify.c: pfns of [start, end) as just read against the device tables: 0, or -ESTALE and the first changed
+ * run */
+int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint64_t *pfns, uint64_t *cs,
+                     uint64_t *ce);
 
 /* watch.c */
 int pm_watch_open(struct pm_mm *mm);
 void pm_unwatch_all(struct pm_mm *mm);
-void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end);   /* device lock held */
-void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len);       /* device lock held */
-bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end); /* all of it, without a gap */
+void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end); /* device lock held */
+void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len);     /* device lock held */
+bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end);      /* all of it, without a gap */
 /* Write-protect the present pages of watched private memory, so that writes after a fork show. */
 void pm_watch_after_fork(struct pm_mm *mm);
 /*
- * The shared mappings that are watched, in order of address, the first `cap` of them, each with a page of the hole below, if
- * there is one. Returns how many.
+ * The shared mappings that are watched, in order of address, the first `cap` of them, each with a page of the
+ * hole below, if there is one. Returns how many.
  */
 uint32_t pm_watch_shared(struct pm_mm *mm, struct pm_watch_range *ret, uint32_t cap);
 

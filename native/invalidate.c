@@ -3,8 +3,9 @@
  * invalidate.c - sequence numbers: what begins and ends an invalidation, and how a driver learns of it.
  *
  * The rules are those of mmu_interval_notifier, with one difference: the kernel's read_begin waits for
- * every invalidation that runs, since its notifiers only remember a number; here the running ones are a list, so it
- * waits for those that overlap, and each gets an odd number of its own. Nothing here allocates under the lock.
+ * every invalidation that runs, since its notifiers only remember a number; here the running ones are a list,
+ * so it waits for those that overlap, and each gets an odd number of its own. Nothing here allocates under
+ * the lock.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -27,7 +28,8 @@ static bool is_whole(uint64_t start, uint64_t last)
     return start == 0 && last == UINT64_MAX;
 }
 
-uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint64_t last, int event, int guarantee)
+uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint64_t last, int event,
+                     int guarantee)
 {
     uint64_t seq = atomic_load(&mm->seq);
 
@@ -115,7 +117,8 @@ void pm_drain_writes(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t u
     pthread_cond_broadcast(&mm->idle);
 }
 
-int pm_invalidate_start(pm_mm *mm, uint64_t start, uint64_t end, int event, int guarantee, pm_inv **ret, uint64_t *seq)
+int pm_invalidate_start(pm_mm *mm, uint64_t start, uint64_t end, int event, int guarantee, pm_inv **ret,
+                        uint64_t *seq)
 {
     struct pm_inv *inv;
     int err = pm_mm_check(mm);
@@ -350,7 +353,8 @@ static bool collect_sub(struct pm_inode *node, void *arg)
     return true;
 }
 
-int64_t pm_overlapping(pm_mm *mm, uint64_t start, uint64_t end, uint32_t kinds, uint64_t *cookies, uint64_t cap)
+int64_t pm_overlapping(pm_mm *mm, uint64_t start, uint64_t end, uint32_t kinds, uint64_t *cookies,
+                       uint64_t cap)
 {
     struct collect into = {cookies, cap, 0, kinds};
 

@@ -2,9 +2,9 @@
 /*
  * itree.c - the interval tree of notifiers and ranges.
  *
- * A treap keyed by (start, address of the node), each node augmented with the greatest `last` below it, so that
- * insert, remove and the first overlap are O(log n) expected. Nodes are embedded in their owners: nothing
- * here allocates, for the monitor visits the tree while another thread may hold malloc's locks.
+ * A treap keyed by (start, address of the node), each node augmented with the greatest `last` below it, so
+ * that insert, remove and the first overlap are O(log n) expected. Nodes are embedded in their owners:
+ * nothing here allocates, for the monitor visits the tree while another thread may hold malloc's locks.
  */
 #include "internal.h"
 
@@ -35,7 +35,8 @@ static void node_update(struct pm_inode *node)
     node->max_last = max;
 }
 
-static void tree_split(struct pm_inode *tree, const struct pm_inode *at, struct pm_inode **low, struct pm_inode **high)
+static void tree_split(struct pm_inode *tree, const struct pm_inode *at, struct pm_inode **low,
+                       struct pm_inode **high)
 {
     if (!tree) {
         *low = *high = NULL;

@@ -87,8 +87,9 @@ void pm_mm_exit(struct pm_mm *mm)
 }
 
 /*
- * The signal mask from before the device lock; the lock does not nest. Static TLS: the dynamic kind of a loaded library is
- * allocated at a thread's first access, and the monitor must not meet malloc's locks, which fork() holds while it waits for it.
+ * The signal mask from before the device lock; the lock does not nest. Static TLS: the dynamic kind of a
+ * loaded library is allocated at a thread's first access, and the monitor must not meet malloc's locks, which
+ * fork() holds while it waits for it.
  */
 static _Thread_local sigset_t mask_outside __attribute__((tls_model("initial-exec")));
 
@@ -338,8 +339,8 @@ static int wait_for_users(struct pm_mm *mm)
 }
 
 /*
- * The watch descriptor is unregistered while the monitor still runs, so that no system call waits for an event that
- * nobody reads. Descriptors that a stuck call still uses are closed with the last reference.
+ * The watch descriptor is unregistered while the monitor still runs, so that no system call waits for an
+ * event that nobody reads. Descriptors that a stuck call still uses are closed with the last reference.
  */
 int pm_mm_close(pm_mm *mm)
 {

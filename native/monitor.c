@@ -2,9 +2,10 @@
 /*
  * monitor.c - the thread that reads the watch descriptor and fences before it lets the world go on.
  *
- * The system call behind an event is released when its message is read. So the monitor takes the device lock and waits for
- * device writes in flight first, then reads, then fences, then unlocks: no device access slips in between. It never
- * allocates, prints, or takes a lock but the device lock, since the thread that it serves may hold any other.
+ * The system call behind an event is released when its message is read. So the monitor takes the device lock
+ * and waits for device writes in flight first, then reads, then fences, then unlocks: no device access slips
+ * in between. It never allocates, prints, or takes a lock but the device lock, since the thread that it
+ * serves may hold any other.
  */
 #include <errno.h>
 #include <poll.h>
@@ -81,8 +82,8 @@ static uint64_t linger_stretch(struct pm_mm *mm, uint64_t start, uint64_t end, u
 }
 
 /*
- * A REMOVE is told before the pages go, and nothing tells when they have gone: its interval stays invalidating until the
- * pagemap shows them gone, for a bounded time.
+ * A REMOVE is told before the pages go, and nothing tells when they have gone: its interval stays
+ * invalidating until the pagemap shows them gone, for a bounded time.
  */
 static void invalidate_lingering(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
@@ -131,7 +132,8 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
         break;
     case UFFD_EVENT_REMAP:
         pm_watch_moved(mm, msg->arg.remap.to, msg->arg.remap.len);
-        invalidate_now(mm, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, PM_UNMAP, msg->arg.remap.to);
+        invalidate_now(mm, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, PM_UNMAP,
+                       msg->arg.remap.to);
         break;
     case UFFD_EVENT_FORK:
         handle_fork(mm, (int)msg->arg.fork.ufd);
@@ -165,8 +167,8 @@ static ssize_t read_above_limit(struct pm_mm *mm, struct uffd_msg *msgs)
 }
 
 /*
- * Reading a fork message makes a descriptor; with the table of descriptors full that fails, and the forking thread
- * would hang. The spare one makes room, at once, before another thread takes the place.
+ * Reading a fork message makes a descriptor; with the table of descriptors full that fails, and the forking
+ * thread would hang. The spare one makes room, at once, before another thread takes the place.
  */
 static ssize_t read_with_room(struct pm_mm *mm, struct uffd_msg *msgs)
 {
@@ -219,14 +221,15 @@ static void take_events(struct pm_mm *mm)
 }
 
 /*
- * Is every page of a lingering REMOVE gone, or its time over? Looks at the pagemap with no lock held. It may be of
- * terabytes, and other events wait for this thread meanwhile.
+ * Is every page of a lingering REMOVE gone, or its time over? Looks at the pagemap with no lock held. It may
+ * be of terabytes, and other events wait for this thread meanwhile.
  */
 static bool linger_over(struct pm_mm *mm, const struct pm_inv *inv)
 {
     uint64_t seen[512];
 
-    for (uint64_t addr = inv->start; addr < inv->last; addr += sizeof(seen) / sizeof(seen[0]) * PM_PAGE_SIZE) {
+    for (uint64_t addr = inv->start; addr < inv->last;
+         addr += sizeof(seen) / sizeof(seen[0]) * PM_PAGE_SIZE) {
         uint64_t n = pm_min(512, (inv->last + 1 - addr) >> PM_PAGE_SHIFT);
         uint64_t now = pm_now_ns();
 
@@ -314,8 +317,8 @@ static void *monitor_main(void *arg)
 }
 
 /*
- * Returns when the thread runs: libc may allocate while it starts one, and must not when the first event comes, which
- * may be a fork that holds malloc's locks.
+ * Returns when the thread runs: libc may allocate while it starts one, and must not when the first event
+ * comes, which may be a fork that holds malloc's locks.
  */
 int pm_monitor_start(struct pm_mm *mm)
 {

@@ -4,7 +4,8 @@
  */
 #include "internal.h"
 
-int pm_mmap(pm_mm *mm, uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret)
+int pm_mmap(pm_mm *mm, uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset,
+            uint64_t *ret)
 {
     int err = pm_mm_check(mm);
 
@@ -32,7 +33,8 @@ int pm_madvise(pm_mm *mm, uint64_t addr, uint64_t len, int advice)
     return err ? err : pm_sys_madvise(addr, len, advice);
 }
 
-int pm_mremap(pm_mm *mm, uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr, uint64_t *ret)
+int pm_mremap(pm_mm *mm, uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr,
+              uint64_t *ret)
 {
     int err = pm_mm_check(mm);
 

@@ -6,7 +6,7 @@
  * mapping only if it is also an anonymous page (no file bit), mapped here alone (else copy-on-write is
  * pending; the zero page is never mapped alone) and not write-protected by userfaultfd: after a fork the
  * watch protects what is present, so the bit says "not written since". Not to be seen: KSM, pages of disk
- * files that are clean, private hugetlb pages only read so far.
+ * files that are clean, private hugetlb pages that were written, dropped and are only read since.
  *
  * Whether 512 consecutive PFNs are mapped by one PMD is asked of PAGEMAP_SCAN. Without it the order of
  * transparent huge pages is given as 0: a device may always map less at once than the CPU does, never more.

@@ -18,32 +18,32 @@
 
 const char *pm_version(void);
 
-/* Features -------------------------------------------------------------------------------------- */
+/* Features. */
 
 enum pm_feature {
-    PM_FEAT_UFFD,             /* a userfaultfd of any kind */
-    PM_FEAT_UFFD_KERNEL,      /* one that also resolves faults taken inside system calls */
-    PM_FEAT_UFFD_WP_ASYNC,    /* UFFD_FEATURE_WP_ASYNC: watch any vma, write bits after a fork */
+    PM_FEAT_UFFD,          /* a userfaultfd of any kind */
+    PM_FEAT_UFFD_KERNEL,   /* one that also resolves faults taken inside system calls */
+    PM_FEAT_UFFD_WP_ASYNC, /* UFFD_FEATURE_WP_ASYNC: watch any vma, write bits after a fork */
     PM_FEAT_UFFD_WP_UNPOPULATED,
-    PM_FEAT_UFFD_EVENTS,      /* REMOVE, UNMAP and REMAP events */
-    PM_FEAT_UFFD_EVENT_FORK,  /* fork by a raw clone is seen (CAP_SYS_PTRACE) */
-    PM_FEAT_UFFD_MOVE,        /* UFFDIO_MOVE */
-    PM_FEAT_UFFD_SIGBUS,      /* inline fault delivery */
-    PM_FEAT_PAGEMAP,          /* /proc/self/pagemap can be read */
-    PM_FEAT_PFN,              /* ... and shows PFNs (CAP_SYS_ADMIN) */
-    PM_FEAT_PAGEMAP_SCAN,     /* the PAGEMAP_SCAN ioctl */
-    PM_FEAT_PROCMAP_QUERY,    /* the PROCMAP_QUERY ioctl */
-    PM_FEAT_POPULATE,         /* MADV_POPULATE_READ and MADV_POPULATE_WRITE */
-    PM_FEAT_PROCESS_VM,       /* process_vm_readv and process_vm_writev on oneself */
-    PM_FEAT_IO_URING,         /* io_uring with registered buffers: real pins */
+    PM_FEAT_UFFD_EVENTS,     /* REMOVE, UNMAP and REMAP events */
+    PM_FEAT_UFFD_EVENT_FORK, /* fork by a raw clone is seen (CAP_SYS_PTRACE) */
+    PM_FEAT_UFFD_MOVE,       /* UFFDIO_MOVE */
+    PM_FEAT_UFFD_SIGBUS,     /* inline fault delivery */
+    PM_FEAT_PAGEMAP,         /* /proc/self/pagemap can be read */
+    PM_FEAT_PFN,             /* ... and shows PFNs (CAP_SYS_ADMIN) */
+    PM_FEAT_PAGEMAP_SCAN,    /* the PAGEMAP_SCAN ioctl */
+    PM_FEAT_PROCMAP_QUERY,   /* the PROCMAP_QUERY ioctl */
+    PM_FEAT_POPULATE,        /* MADV_POPULATE_READ and MADV_POPULATE_WRITE */
+    PM_FEAT_PROCESS_VM,      /* process_vm_readv and process_vm_writev on oneself */
+    PM_FEAT_IO_URING,        /* io_uring with registered buffers: real pins */
     PM_FEAT_COUNT
 };
 
 struct pm_features {
-    uint64_t have;          /* bit i set: feature i of enum pm_feature works */
-    int32_t why[32];        /* errno that showed feature i to be missing, 0 if it works */
-    uint64_t zero_pfn;      /* PFN of the zero page, 0 if unknown */
-    uint32_t uffd_source;   /* 0 none, 1 /dev/userfaultfd, 2 system call, 3 user-mode-only */
+    uint64_t have;        /* bit i set: feature i of enum pm_feature works */
+    int32_t why[32];      /* errno that showed feature i to be missing, 0 if it works */
+    uint64_t zero_pfn;    /* PFN of the zero page, 0 if unknown */
+    uint32_t uffd_source; /* 0 none, 1 /dev/userfaultfd, 2 system call, 3 user-mode-only */
     uint32_t pad;
     uint64_t uffd_features; /* feature bits the kernel offers for UFFDIO_API */
 };
@@ -51,7 +51,7 @@ struct pm_features {
 /* Probe, switching off the features whose bits are set in `disable` (tests, PYMIRROR_DISABLE). */
 int pm_features_probe(uint64_t disable, struct pm_features *ret);
 
-/* The address space ------------------------------------------------------------------------------ */
+/* The address space. */
 
 struct pm_mm;
 typedef struct pm_mm pm_mm;
@@ -63,16 +63,16 @@ struct pm_inv;
 typedef struct pm_inv pm_inv;
 
 struct pm_mm_options {
-    uint64_t disable;       /* feature bits to do without */
-    uint32_t queue_length;  /* events kept for the dispatcher, 0: 1024 */
-    uint32_t flags;         /* 0 */
+    uint64_t disable;      /* feature bits to do without */
+    uint32_t queue_length; /* events kept for the dispatcher, 0: 1024 */
+    uint32_t flags;        /* 0 */
 };
 
 /*
  * Create the mirror state of this process's mm. Opens /proc files, and a userfaultfd with a monitor
- * thread when the first vma is watched. Counted: pm_mm_close() ends its work (idempotent, wakes every waiter with
- * -ESRCH), pm_mm_put() drops the caller's reference; subs and tables hold references of their own.
- * Every call after close, or in a forked child, is -ESRCH.
+ * thread when the first vma is watched. Counted: pm_mm_close() ends its work (idempotent, wakes every waiter
+ * with -ESRCH), pm_mm_put() drops the caller's reference; subs and tables hold references of their own. Every
+ * call after close, or in a forked child, is -ESRCH.
  */
 int pm_mm_create(const struct pm_mm_options *opt, pm_mm **ret);
 int pm_mm_close(pm_mm *mm);
@@ -82,26 +82,27 @@ int pm_mm_alive(const pm_mm *mm);
 int pm_mm_features(const pm_mm *mm, struct pm_features *ret);
 
 struct pm_mm_stats {
-    uint64_t invalidate_seq;     /* odd while an invalidation runs */
-    uint64_t active;             /* invalidations running, lingering REMOVEs included */
-    uint64_t subs;               /* notifiers and ranges in the interval tree */
+    uint64_t invalidate_seq; /* odd while an invalidation runs */
+    uint64_t active;         /* invalidations running, lingering REMOVEs included */
+    uint64_t subs;           /* notifiers and ranges in the interval tree */
     uint64_t watched_ranges;
     uint64_t watched_bytes;
     uint64_t queue_depth;
-    uint64_t queue_overflows;    /* times that the queue became "everything invalid" */
-    uint64_t oldest_event_ns;    /* CLOCK_MONOTONIC of the oldest event whose callbacks did not return, 0: none */
-    uint64_t events[8];          /* by enum pm_event_type, from the kernel */
-    uint64_t swallowed;          /* kernel events that belonged to an open API operation */
-    uint64_t detected;           /* changes found by comparing page tables */
-    uint64_t access_redone;      /* device reads discarded and done again */
-    uint64_t drain_timeouts;     /* invalidations that went on without an in-flight write */
+    uint64_t queue_overflows; /* times that the queue became "everything invalid" */
+    uint64_t
+        oldest_event_ns;     /* CLOCK_MONOTONIC of the oldest event whose callbacks did not return, 0: none */
+    uint64_t events[8];      /* by enum pm_event_type, from the kernel */
+    uint64_t swallowed;      /* kernel events that belonged to an open API operation */
+    uint64_t detected;       /* changes found by comparing page tables */
+    uint64_t access_redone;  /* device reads discarded and done again */
+    uint64_t drain_timeouts; /* invalidations that went on without an in-flight write */
     uint64_t monitor_running;
-    uint64_t populated_pages;    /* pages asked of MADV_POPULATE_* */
-    uint64_t inflight;           /* device accesses running */
+    uint64_t populated_pages; /* pages asked of MADV_POPULATE_* */
+    uint64_t inflight;        /* device accesses running */
 };
 int pm_mm_stats(pm_mm *mm, struct pm_mm_stats *ret);
 
-/* Vmas ------------------------------------------------------------------------------------------- */
+/* Vmas. */
 
 enum pm_vma_flag {
     PM_VMA_READ = 1,
@@ -115,19 +116,20 @@ enum pm_vma_flag {
 
 struct pm_vma {
     uint64_t start, end;
-    uint64_t flags;      /* enum pm_vma_flag */
-    uint64_t page_size;  /* bytes; 2 MiB on hugetlb */
-    uint64_t offset;     /* in the file, bytes */
+    uint64_t flags;     /* enum pm_vma_flag */
+    uint64_t page_size; /* bytes; 2 MiB on hugetlb */
+    uint64_t offset;    /* in the file, bytes */
     uint64_t inode;
     uint32_t dev_major, dev_minor;
-    char name[128];      /* as /proc/self/maps has it, cut to fit */
+    char name[128]; /* as /proc/self/maps has it, cut to fit */
 };
 
 /* The vma that holds addr, or the next above it; -ENOENT when there is none. */
 int pm_vma_find(pm_mm *mm, uint64_t addr, struct pm_vma *ret);
 
 /* System calls on memory, through the layer where tests inject errors. */
-int pm_mmap(pm_mm *mm, uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret);
+int pm_mmap(pm_mm *mm, uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset,
+            uint64_t *ret);
 int pm_munmap(pm_mm *mm, uint64_t addr, uint64_t len);
 int pm_mprotect(pm_mm *mm, uint64_t addr, uint64_t len, int prot);
 int pm_madvise(pm_mm *mm, uint64_t addr, uint64_t len, int advice);
@@ -137,7 +139,7 @@ int pm_mremap(pm_mm *mm, uint64_t addr, uint64_t old_len, uint64_t new_len, int 
 /* Raw pagemap entries of [start, start + n pages), as the kernel gives them. */
 int pm_pagemap_read(pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret);
 
-/* Watching ---------------------------------------------------------------------------------------- */
+/* Watching. */
 
 enum pm_watch_flag {
     PM_WATCH_FILES = 1, /* file mappings too (switches their fault-around off) */
@@ -145,64 +147,68 @@ enum pm_watch_flag {
 };
 
 /*
- * Register every vma of [start, end) with the watch descriptor, so that foreign munmap, mremap, madvise and fork are reported.
- * Vmas are watched whole: a registered part would be split off, and an mremap over the whole, which the kernel
- * made in one move before, would fail. Idempotent. Vmas that cannot be watched (another userfaultfd has them) are passed over.
- * Returns the number of bytes now watched in the interval.
+ * Register every vma of [start, end) with the watch descriptor, so that foreign munmap, mremap, madvise and
+ * fork are reported. Vmas are watched whole: a registered part would be split off, and an mremap over the
+ * whole, which the kernel made in one move before, would fail. Idempotent. Vmas that cannot be watched
+ * (another userfaultfd has them) are passed over. Returns the number of bytes now watched in the interval.
  */
 int64_t pm_watch(pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags);
 int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end);
 
-/* Sequence numbers --------------------------------------------------------------------------------- */
+/* Sequence numbers. */
 
 enum pm_event_type { /* as enum mmu_notifier_event */
-    PM_UNMAP,
-    PM_CLEAR,
-    PM_PROTECTION_VMA,
-    PM_PROTECTION_PAGE,
-    PM_SOFT_DIRTY,
-    PM_RELEASE,
-    PM_MIGRATE,
-    PM_EXCLUSIVE
+                     PM_UNMAP,
+                     PM_CLEAR,
+                     PM_PROTECTION_VMA,
+                     PM_PROTECTION_PAGE,
+                     PM_SOFT_DIRTY,
+                     PM_RELEASE,
+                     PM_MIGRATE,
+                     PM_EXCLUSIVE
 };
 
 enum pm_guarantee { PM_BEFORE, PM_AFTER, PM_DETECTED };
 
 /*
  * A node [start, last] of the interval tree with the kernel's sequence rules: the seq of a sub is odd,
- * and moves with every invalidation that overlaps it. `cookie` is the caller's name for it, `kind` a bit of its choice.
- * last is inclusive, so 0..UINT64_MAX is the whole mm. Insert and remove are O(log n).
+ * and moves with every invalidation that overlaps it. `cookie` is the caller's name for it, `kind` a bit of
+ * its choice. last is inclusive, so 0..UINT64_MAX is the whole mm. Insert and remove are O(log n).
  */
 int pm_sub_insert(pm_mm *mm, uint64_t start, uint64_t last, uint64_t cookie, uint32_t kind, pm_sub **ret);
 /* Take it out of the tree: idempotent. Waiters get -ESRCH. */
 int pm_sub_remove(pm_sub *sub);
 void pm_sub_put(pm_sub *sub);
 /*
- * Wait until no invalidation overlaps, at most timeout_ns, then give the sequence. -ETIMEDOUT, -ESRCH (mm or sub is gone).
- * Returns at the latest after 50 ms with -EINTR, so that a caller can look for signals and call again.
+ * Wait until no invalidation overlaps, at most timeout_ns, then give the sequence. -ETIMEDOUT, -ESRCH (mm or
+ * sub is gone). Returns at the latest after 50 ms with -EINTR, so that a caller can look for signals and call
+ * again.
  */
 int pm_sub_read_begin(pm_sub *sub, uint64_t timeout_ns, uint64_t *seq);
 /*
- * 1 if an invalidation overlapped since seq was given (or one runs now). Takes no lock, but waits for the monitor
- * where it is just reading events.
+ * 1 if an invalidation overlapped since seq was given (or one runs now). Takes no lock, but waits for the
+ * monitor where it is just reading events.
  */
 int pm_sub_read_retry(const pm_sub *sub, uint64_t seq);
 uint64_t pm_sub_seq(const pm_sub *sub);
 
 /*
- * Begin an invalidation of [start, end) (end 0: to the end of the address space): sequence numbers move, device entries are fenced,
- * device writes in flight are waited for; on return no entry of before is used again. The caller then runs its callbacks,
- * calls pm_invalidate_delivered(), makes the change and calls pm_invalidate_end().
+ * Begin an invalidation of [start, end) (end 0: to the end of the address space): sequence numbers move,
+ * device entries are fenced, device writes in flight are waited for; on return no entry of before is used
+ * again. The caller then runs its callbacks, calls pm_invalidate_delivered(), makes the change and calls
+ * pm_invalidate_end().
  */
-int pm_invalidate_start(pm_mm *mm, uint64_t start, uint64_t end, int event, int guarantee, pm_inv **ret, uint64_t *seq);
+int pm_invalidate_start(pm_mm *mm, uint64_t start, uint64_t end, int event, int guarantee, pm_inv **ret,
+                        uint64_t *seq);
 int pm_invalidate_delivered(pm_inv *inv);
 int pm_invalidate_end(pm_inv *inv); /* frees inv */
 
 /* Cookies of the subs of the given kinds (bit mask) that overlap [start, end), in address order; returns
  * how many there are, which may be more than cap. */
-int64_t pm_overlapping(pm_mm *mm, uint64_t start, uint64_t end, uint32_t kinds, uint64_t *cookies, uint64_t cap);
+int64_t pm_overlapping(pm_mm *mm, uint64_t start, uint64_t end, uint32_t kinds, uint64_t *cookies,
+                       uint64_t cap);
 
-/* Events of the kernel, for the dispatcher ------------------------------------------------------------ */
+/* Events of the kernel, for the dispatcher. */
 
 enum pm_event_flag {
     PM_EV_OVERFLOW = 1, /* the queue was full: stands for any number of events, everywhere */
@@ -213,10 +219,10 @@ struct pm_event {
     uint64_t start, end; /* end 0: to the end of the address space */
     uint64_t seq;        /* the sequence number that it set */
     uint64_t new_start;
-    uint64_t when_ns;    /* CLOCK_MONOTONIC at which it was read */
-    uint32_t type;       /* enum pm_event_type */
+    uint64_t when_ns; /* CLOCK_MONOTONIC at which it was read */
+    uint32_t type;    /* enum pm_event_type */
     uint32_t guarantee;
-    uint32_t flags;      /* enum pm_event_flag */
+    uint32_t flags; /* enum pm_event_flag */
     uint32_t pad;
 };
 
@@ -224,12 +230,14 @@ struct pm_event {
 int pm_event_wait(pm_mm *mm, uint64_t timeout_ns, struct pm_event *ret);
 /* The callbacks of the event last given have returned. */
 int pm_event_done(pm_mm *mm);
-/* Wait until the events queued at the time of the call are done: 0, -ETIMEDOUT, -EINTR after 50 ms, -ESRCH. *ticket 0 on the first call. */
+/* Wait until the events queued at the time of the call are done: 0, -ETIMEDOUT, -EINTR after 50 ms, -ESRCH.
+ * *ticket 0 on the first call. */
 int pm_event_sync(pm_mm *mm, uint64_t timeout_ns, uint64_t *ticket);
 
-/* The walk: snapshot and fault ------------------------------------------------------------------------ */
+/* The walk: snapshot and fault. */
 
-/* HMM_PFN_VALID, _WRITE, _ERROR are bits 63, 62, 61 of an entry, the order is bits 56-60, the PFN the bits below. */
+/* HMM_PFN_VALID, _WRITE, _ERROR are bits 63, 62, 61 of an entry, the order is bits 56-60, the PFN the bits
+ * below. */
 enum pm_walk_flag {
     PM_WALK_FAULT = 1,   /* fault what is asked for and absent; else only look */
     PM_WALK_NOBLOCK = 2, /* -EAGAIN rather than wait for I/O */
@@ -239,46 +247,50 @@ enum pm_walk_flag {
 
 struct pm_walk {
     uint64_t start, end;
-    uint64_t *pfns;          /* in: requests per page; out: HMM pfns */
-    uint64_t default_flags;  /* request = (pfns[i] & pfn_flags_mask) | default_flags */
+    uint64_t *pfns;         /* in: requests per page; out: HMM pfns */
+    uint64_t default_flags; /* request = (pfns[i] & pfn_flags_mask) | default_flags */
     uint64_t pfn_flags_mask;
-    uint32_t flags;          /* enum pm_walk_flag */
+    uint32_t flags; /* enum pm_walk_flag */
     uint32_t pad;
-    pm_sub *sub;             /* checked with seq between steps: -EBUSY when it moved; may be 0 */
+    pm_sub *sub; /* checked with seq between steps: -EBUSY when it moved; may be 0 */
     uint64_t seq;
-    uint64_t fail_start;     /* out: the address of a failure, or the interval of -ESTALE */
+    uint64_t fail_start; /* out: the address of a failure, or the interval of -ESTALE */
     uint64_t fail_end;
-    uint64_t populated;      /* out: pages asked of the kernel */
+    uint64_t populated; /* out: pages asked of the kernel */
 };
 
 /*
- * One native call for a range, however long. 0; -EINVAL; -EFAULT (hole, no access); -EPERM (write to a read-only vma, or STRICT and unreadable);
- * -EBUSY; -EAGAIN; -ENOMEM; -EHWPOISON; -ESTALE; -ESRCH. On an error pfns from fail_start on are 0.
+ * One native call for a range, however long. 0; -EINVAL; -EFAULT (hole, no access); -EPERM (write to a
+ * read-only vma, or STRICT and unreadable); -EBUSY; -EAGAIN; -ENOMEM; -EHWPOISON; -ESTALE; -ESRCH. On an
+ * error pfns from fail_start on are 0.
  */
 int pm_walk(pm_mm *mm, struct pm_walk *walk);
 
-/* The device page table --------------------------------------------------------------------------------- */
+/* The device page table. */
 
 enum pm_entry { /* bits of a device page-table entry; the PFN is below them */
-    PM_ENTRY_ORDER_SHIFT = 56,
-    PM_ENTRY_FENCED_BIT = 61, /* unusable: the low 56 bits are the seq of the invalidation that fenced it */
-    PM_ENTRY_WRITE_BIT = 62,
-    PM_ENTRY_VALID_BIT = 63
+                PM_ENTRY_ORDER_SHIFT = 56,
+                PM_ENTRY_FENCED_BIT =
+                    61, /* unusable: the low 56 bits are the seq of the invalidation that fenced it */
+                PM_ENTRY_WRITE_BIT = 62,
+                PM_ENTRY_VALID_BIT = 63
 };
 
 struct pm_table_stats {
-    uint64_t entries;   /* programmed, fenced ones included */
+    uint64_t entries; /* programmed, fenced ones included */
     uint64_t fenced;
-    uint64_t bytes;     /* of memory the table keeps */
+    uint64_t bytes; /* of memory the table keeps */
 };
 
 int pm_table_create(pm_table **ret);
 void pm_table_put(pm_table *table);
 /*
- * Program pfns[0..n) at start, if no invalidation overlapped sub since seq: else -EBUSY and nothing is programmed.
- * Entries without VALID are left out. Binds the table to sub's mm while it has entries: -EXDEV if it is another's.
+ * Program pfns[0..n) at start, if no invalidation overlapped sub since seq: else -EBUSY and nothing is
+ * programmed. Entries without VALID are left out. Binds the table to sub's mm while it has entries: -EXDEV if
+ * it is another's.
  */
-int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uint64_t n, const uint64_t *pfns);
+int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uint64_t n,
+                 const uint64_t *pfns);
 /* Drop the entries of [start, end) (end 0: to the end); returns how many. */
 int64_t pm_table_clear(pm_table *table, uint64_t start, uint64_t end);
 /* Raw entries of n pages from start. */
@@ -287,15 +299,15 @@ int pm_table_read(pm_table *table, uint64_t start, uint64_t n, uint64_t *ret);
 int pm_table_next(pm_table *table, uint64_t start, uint64_t end, uint64_t *ret);
 int pm_table_stats(pm_table *table, struct pm_table_stats *ret);
 
-/* Device access ------------------------------------------------------------------------------------------ */
+/* Device access. */
 
 enum pm_access_fault {
     PM_FAULT_NONE,
-    PM_FAULT_MISSING,   /* no entry */
-    PM_FAULT_READONLY,  /* a write, and the entry is read-only */
-    PM_FAULT_FENCED,    /* fenced, its callback has not run yet: an ordinary device fault */
-    PM_FAULT_STALE,     /* fenced, its callback returned and did not clear it: a driver bug */
-    PM_FAULT_CHANGED    /* the page table behind [fault_start, fault_end) changed unseen (detected) */
+    PM_FAULT_MISSING,  /* no entry */
+    PM_FAULT_READONLY, /* a write, and the entry is read-only */
+    PM_FAULT_FENCED,   /* fenced, its callback has not run yet: an ordinary device fault */
+    PM_FAULT_STALE,    /* fenced, its callback returned and did not clear it: a driver bug */
+    PM_FAULT_CHANGED   /* the page table behind [fault_start, fault_end) changed unseen (detected) */
 };
 
 struct pm_access {
@@ -313,13 +325,15 @@ struct pm_access {
 
 /*
  * Read or write process memory as the device, page by page through the table. 0 when all of it was done;
- * -EFAULT with `fault` set at the first page that the table does not serve; what was done before it stays done.
+ * -EFAULT with `fault` set at the first page that the table does not serve; what was done before it stays
+ * done.
  */
 int pm_access(pm_table *table, struct pm_access *access);
 /* Compare the entries of [start, end) with the page table: 0 alike, -ESTALE and the first changed run. */
-int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start, uint64_t *changed_end);
+int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start,
+                    uint64_t *changed_end);
 
-/* The status page: a memfd named pymirror-status, for `pymirror inspect` ----------------------------------- */
+/* The status page: a memfd named pymirror-status, for `pymirror inspect`. */
 
 struct pm_status_inv {
     uint64_t start, end, since_ns;
@@ -327,25 +341,25 @@ struct pm_status_inv {
 };
 
 struct pm_status {
-    uint64_t magic;          /* PM_STATUS_MAGIC */
-    uint32_t layout;         /* version of this struct: 1 */
+    uint64_t magic;  /* PM_STATUS_MAGIC */
+    uint32_t layout; /* version of this struct: 1 */
     uint32_t pid;
-    uint64_t opened_ns;      /* CLOCK_MONOTONIC, as all times here */
+    uint64_t opened_ns; /* CLOCK_MONOTONIC, as all times here */
     uint64_t seq;
-    uint32_t state;          /* 1 open, 2 closing, 3 closed */
+    uint32_t state; /* 1 open, 2 closing, 3 closed */
     uint32_t monitor_tid;
-    uint64_t monitor_loop_ns;    /* when the monitor last went round */
-    uint32_t monitor_state;      /* 0 none, 1 polling, 2 wants the lock, 3 holds it, 4 draining writes */
-    uint32_t lock_tid;           /* who holds the device lock, 0: nobody */
+    uint64_t monitor_loop_ns; /* when the monitor last went round */
+    uint32_t monitor_state;   /* 0 none, 1 polling, 2 wants the lock, 3 holds it, 4 draining writes */
+    uint32_t lock_tid;        /* who holds the device lock, 0: nobody */
     uint64_t lock_since_ns;
     uint64_t queue_depth;
-    uint64_t oldest_event_ns;    /* oldest event without its callbacks done, 0: none */
-    uint64_t callback_since_ns;  /* a callback round runs since then, 0: none */
+    uint64_t oldest_event_ns;   /* oldest event without its callbacks done, 0: none */
+    uint64_t callback_since_ns; /* a callback round runs since then, 0: none */
     uint64_t queue_overflows;
     uint64_t active;
     struct pm_status_inv inv[16]; /* the first of the active invalidations; since_ns 0: none */
     uint64_t inflight;
-    uint64_t inflight_since_ns;  /* the oldest device access in flight */
+    uint64_t inflight_since_ns; /* the oldest device access in flight */
     uint64_t events[8];
     uint64_t subs, watched_bytes, table_entries;
     uint64_t name_len;
@@ -355,18 +369,38 @@ struct pm_status {
 /* The fd of the status page, -ENOENT if it could not be made. */
 int pm_mm_status_fd(const pm_mm *mm);
 
-/* Tests -------------------------------------------------------------------------------------------------- */
+/* Tests. */
 
 enum pm_sys {
     PM_SYS_ANY,
-    PM_SYS_OPEN, PM_SYS_CLOSE, PM_SYS_READ, PM_SYS_PREAD, PM_SYS_IOCTL, PM_SYS_POLL, PM_SYS_MMAP, PM_SYS_MUNMAP, PM_SYS_MPROTECT,
-    PM_SYS_MADVISE, PM_SYS_MREMAP, PM_SYS_USERFAULTFD, PM_SYS_EVENTFD, PM_SYS_MEMFD, PM_SYS_FTRUNCATE,
-    PM_SYS_VM_READV, PM_SYS_VM_WRITEV, PM_SYS_THREAD, PM_SYS_MALLOC, PM_SYS_WRITE, PM_SYS_MINCORE, PM_SYS_COUNT
+    PM_SYS_OPEN,
+    PM_SYS_CLOSE,
+    PM_SYS_READ,
+    PM_SYS_PREAD,
+    PM_SYS_IOCTL,
+    PM_SYS_POLL,
+    PM_SYS_MMAP,
+    PM_SYS_MUNMAP,
+    PM_SYS_MPROTECT,
+    PM_SYS_MADVISE,
+    PM_SYS_MREMAP,
+    PM_SYS_USERFAULTFD,
+    PM_SYS_EVENTFD,
+    PM_SYS_MEMFD,
+    PM_SYS_FTRUNCATE,
+    PM_SYS_VM_READV,
+    PM_SYS_VM_WRITEV,
+    PM_SYS_THREAD,
+    PM_SYS_MALLOC,
+    PM_SYS_WRITE,
+    PM_SYS_MINCORE,
+    PM_SYS_COUNT
 };
 
 /*
- * Make the nth (from 1) call of kind `sys` from now on fail with err, `times` times in a row; tid 0: of any thread.
- * One injection at a time, for the whole process; pm_inject_clear() ends it and gives how often it struck.
+ * Make the nth (from 1) call of kind `sys` from now on fail with err, `times` times in a row; tid 0: of any
+ * thread. One injection at a time, for the whole process; pm_inject_clear() ends it and gives how often it
+ * struck.
  */
 int pm_inject(int sys, uint64_t nth, uint64_t times, int err, int tid);
 uint64_t pm_inject_clear(void);
@@ -378,21 +412,21 @@ enum pm_point {
     PM_POINT_MONITOR_AFTER_READ,
     PM_POINT_MONITOR_BEFORE_FENCE,
     PM_POINT_MONITOR_AFTER_FENCE,
-    PM_POINT_MONITOR_POLLED,      /* an event is there, the device lock is not taken yet */
-    PM_POINT_INVALIDATE_START,    /* before the sequence moves */
-    PM_POINT_INVALIDATE_FENCED,   /* fenced and drained, no lock held */
+    PM_POINT_MONITOR_POLLED,    /* an event is there, the device lock is not taken yet */
+    PM_POINT_INVALIDATE_START,  /* before the sequence moves */
+    PM_POINT_INVALIDATE_FENCED, /* fenced and drained, no lock held */
     PM_POINT_INVALIDATE_END,
-    PM_POINT_WALK_BEFORE_READ,    /* before the page table is read */
+    PM_POINT_WALK_BEFORE_READ, /* before the page table is read */
     PM_POINT_WALK_AFTER_READ,
     PM_POINT_WALK_BEFORE_POPULATE,
     PM_POINT_WALK_AFTER_POPULATE,
-    PM_POINT_MAP_BEFORE_COMMIT,   /* the lock is not taken yet */
+    PM_POINT_MAP_BEFORE_COMMIT, /* the lock is not taken yet */
     PM_POINT_MAP_AFTER_COMMIT,
-    PM_POINT_ACCESS_LOOKED_UP,    /* entries looked up, access announced, nothing copied */
-    PM_POINT_ACCESS_COPIED,       /* copied, not yet checked */
+    PM_POINT_ACCESS_LOOKED_UP, /* entries looked up, access announced, nothing copied */
+    PM_POINT_ACCESS_COPIED,    /* copied, not yet checked */
     PM_POINT_FORK_PREPARE,
     PM_POINT_FORK_PARENT,
-    PM_POINT_REMOVE_LINGER,       /* a REMOVE is about to be declared over; the lock is not held */
+    PM_POINT_REMOVE_LINGER, /* a REMOVE is about to be declared over; the lock is not held */
     PM_POINT_COUNT
 };
 

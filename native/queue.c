@@ -2,9 +2,10 @@
 /*
  * queue.c - the bounded queue of kernel events for the dispatcher.
  *
- * By the time that an event is queued, sequence numbers have moved and device entries are fenced: the queue only carries
- * the news to callbacks. When it is full the queued events become one that says "everything is invalid", and everything
- * is made invalid, so that no invalidation is ever lost. The monitor pushes and must not allocate.
+ * By the time that an event is queued, sequence numbers have moved and device entries are fenced: the queue
+ * only carries the news to callbacks. When it is full the queued events become one that says "everything is
+ * invalid", and everything is made invalid, so that no invalidation is ever lost. The monitor pushes and must
+ * not allocate.
  */
 #include <errno.h>
 

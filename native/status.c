@@ -2,8 +2,8 @@
 /*
  * status.c - the status page: what is waiting for what, readable from outside while this process hangs.
  *
- * A sealed-off memfd: `pymirror inspect` finds it by its name among the descriptors of the process. Plain stores, for a
- * reader that can live with a torn value.
+ * A sealed-off memfd: `pymirror inspect` finds it by its name among the descriptors of the process. Plain
+ * stores, for a reader that can live with a torn value.
  */
 #include <errno.h>
 #include <string.h>

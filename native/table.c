@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * table.c - the device page table: programmed by a driver, fenced by invalidations, cleared by the driver's callback.
+ * table.c - the device page table: programmed by a driver, fenced by invalidations, cleared by the driver's
+ * callback.
  */
 #include "table.h"
 
@@ -222,7 +223,8 @@ static bool leaves_stand(struct pm_table *table, uint64_t start, uint64_t n, con
     return true;
 }
 
-static void program_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned slot, uint64_t n, const uint64_t *pfns)
+static void program_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned slot, uint64_t n,
+                         const uint64_t *pfns)
 {
     for (uint64_t i = 0; i < n; i++) {
         uint64_t *entry = &leaf->entry[slot + i];
@@ -292,7 +294,8 @@ int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uin
     return err;
 }
 
-static void fence_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last, uint64_t seq)
+static void fence_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last,
+                       uint64_t seq)
 {
     for (unsigned i = first; i <= last; i++) {
         if (!(leaf->entry[i] & PM_ENTRY_VALID))
@@ -445,7 +448,8 @@ static uint64_t count_leaves(struct pm_table *table)
 {
     uint64_t n = 0;
 
-    for (uint64_t addr = 0; pm_table_next_leaf(table, &addr, UINT64_MAX); addr = pm_leaf_first(addr) + PM_HUGE_SIZE)
+    for (uint64_t addr = 0; pm_table_next_leaf(table, &addr, UINT64_MAX);
+         addr = pm_leaf_first(addr) + PM_HUGE_SIZE)
         n++;
     return n;
 }

@@ -2,9 +2,9 @@
 /*
  * table.h - the device page table as its users inside the shim see it.
  *
- * A radix tree of the CPU's own shape (9 bits a level, 8 bytes an entry). Upper nodes live as long as the table, leaves
- * as long as they hold an entry. Growing is ordered by `grow`; everything else by the device lock of the mm that
- * the table is bound to.
+ * A radix tree of the CPU's own shape (9 bits a level, 8 bytes an entry). Upper nodes live as long as the
+ * table, leaves as long as they hold an entry. Growing is ordered by `grow`; everything else by the device
+ * lock of the mm that the table is bound to.
  */
 #ifndef PM_TABLE_H
 #define PM_TABLE_H
@@ -53,7 +53,8 @@ static inline bool pm_table_inherited(const struct pm_table *table)
 struct pm_leaf *pm_table_leaf(struct pm_table *table, uint64_t addr);
 /* The first leaf at or after *addr and before `last`; moves *addr to the first address of it inside. */
 struct pm_leaf *pm_table_next_leaf(struct pm_table *table, uint64_t *addr, uint64_t last);
-/* The mm that the table is bound to, referenced, or NULL; NULL too in a forked child, where `grow` may be held for ever. */
+/* The mm that the table is bound to, referenced, or NULL; NULL too in a forked child, where `grow` may be
+ * held for ever. */
 struct pm_mm *pm_table_mm(struct pm_table *table);
 /* With the device lock held: does `entry` still stand at addr? */
 bool pm_table_has(struct pm_table *table, uint64_t addr, uint64_t entry);

@@ -2,9 +2,9 @@
 /*
  * verify.c - changes of the page table that no event told of, found by comparing it with device tables.
  *
- * The kernel tells user space nothing of copy-on-write breaks, swap, page migration, or a foreign mprotect. A device entry
- * remembers the PFN it was made from; a page that is gone or has another PFN is a change to deliver as `detected`.
- * Without the privilege to see PFNs only absence shows.
+ * The kernel tells user space nothing of copy-on-write breaks, swap, page migration, or a foreign mprotect. A
+ * device entry remembers the PFN it was made from; a page that is gone or has another PFN is a change to
+ * deliver as `detected`. Without the privilege to see PFNs only absence shows.
  */
 #include <errno.h>
 
@@ -34,7 +34,8 @@ bool pm_entry_changed(uint64_t entry, uint64_t pagemap)
 }
 
 /* One leaf's part of [addr, end): the first changed run that still stands in the table. */
-static int verify_block(struct pm_table *table, struct pm_mm *mm, uint64_t addr, uint64_t end, uint64_t *cs, uint64_t *ce)
+static int verify_block(struct pm_table *table, struct pm_mm *mm, uint64_t addr, uint64_t end, uint64_t *cs,
+                        uint64_t *ce)
 {
     uint64_t entry[VERIFY_BLOCK], seen[VERIFY_BLOCK];
     uint64_t n = (pm_min(end, pm_leaf_first(addr) + PM_HUGE_SIZE) - addr) >> PM_PAGE_SHIFT;
@@ -49,7 +50,8 @@ static int verify_block(struct pm_table *table, struct pm_mm *mm, uint64_t addr,
         i++;
     pm_lock(mm);
     /* An invalidation that came between the two reads has told of the change already. */
-    while (i < n && !(pm_entry_changed(entry[i], seen[i]) && pm_table_has(table, addr + (i << PM_PAGE_SHIFT), entry[i])))
+    while (i < n && !(pm_entry_changed(entry[i], seen[i]) &&
+                      pm_table_has(table, addr + (i << PM_PAGE_SHIFT), entry[i])))
         i++;
     for (first = i; i < n && pm_entry_changed(entry[i], seen[i]); i++) {
         if (!pm_table_has(table, addr + (i << PM_PAGE_SHIFT), entry[i]))
@@ -63,7 +65,8 @@ static int verify_block(struct pm_table *table, struct pm_mm *mm, uint64_t addr,
     return -ESTALE;
 }
 
-int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start, uint64_t *changed_end)
+int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start,
+                    uint64_t *changed_end)
 {
     struct pm_mm *mm = pm_table_mm(table);
     uint64_t addr = start;
@@ -90,8 +93,8 @@ static bool pfn_changed(uint64_t entry, uint64_t pfn)
     return !(pfn & PM_PFN_VALID) || pfn_differs(entry, pfn & PM_PFN_MASK);
 }
 
-static int verify_leaf(const struct pm_leaf *leaf, uint64_t addr, uint64_t end, uint64_t start, const uint64_t *pfns,
-                       uint64_t *cs, uint64_t *ce)
+static int verify_leaf(const struct pm_leaf *leaf, uint64_t addr, uint64_t end, uint64_t start,
+                       const uint64_t *pfns, uint64_t *cs, uint64_t *ce)
 {
     uint64_t stop = pm_min(end, pm_leaf_first(addr) + PM_HUGE_SIZE);
 
@@ -111,7 +114,8 @@ static int verify_leaf(const struct pm_leaf *leaf, uint64_t addr, uint64_t end, 
 }
 
 /* For the walk, which has just read [start, end) into pfns while seq held. */
-int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint64_t *pfns, uint64_t *cs, uint64_t *ce)
+int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint64_t *pfns, uint64_t *cs,
+                     uint64_t *ce)
 {
     int err = 0;
 

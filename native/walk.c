@@ -370,8 +370,9 @@ static int walk_all(struct pm_mm *mm, struct pm_walk *walk)
         err = walk_next(mm, walk, &addr);
     if (!err && (walk->flags & PM_WALK_VERIFY))
         err = verify(mm, walk);
-    if (!err)
-        err = check_seq(walk, walk->end);
+    /* What was met in the middle of a change, a hole for one, is no news of the memory. */
+    if (err != -ESTALE && err != -ESRCH && check_seq(walk, err ? walk->fail_start : walk->end))
+        err = -EBUSY;
     if (err)
         memset(pfns_at(walk, walk->fail_start), 0, (walk->end - walk->fail_start) >> PM_PAGE_SHIFT << 3);
     return err;

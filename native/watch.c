@@ -3,8 +3,8 @@
  * watch.c - which vmas the watch descriptor reports on, and the write bits it keeps after a fork.
  *
  * Memory is registered in write-protect mode without protecting anything: that costs a touch nothing and
- * brings the events of munmap, mremap, madvise and fork. The list of what is registered is changed by the monitor
- * too, which cannot allocate: it always has room to spare.
+ * brings the events of munmap, mremap, madvise and fork. The list of what is registered is changed by the
+ * monitor too, which cannot allocate: it always has room to spare.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -28,7 +28,8 @@ static uint64_t wanted_features(const struct pm_mm *mm)
     if (pm_have(mm, PM_FEAT_UFFD_WP_UNPOPULATED))
         want |= PM_ABI_UFFD_FEATURE_WP_UNPOPULATED;
     if (pm_have(mm, PM_FEAT_UFFD_EVENTS))
-        want |= PM_ABI_UFFD_FEATURE_EVENT_REMOVE | PM_ABI_UFFD_FEATURE_EVENT_UNMAP | PM_ABI_UFFD_FEATURE_EVENT_REMAP;
+        want |= PM_ABI_UFFD_FEATURE_EVENT_REMOVE | PM_ABI_UFFD_FEATURE_EVENT_UNMAP |
+                PM_ABI_UFFD_FEATURE_EVENT_REMAP;
     if (pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
         want |= PM_ABI_UFFD_FEATURE_EVENT_FORK;
     return want;
@@ -115,11 +116,13 @@ static void count_watched(struct pm_mm *mm)
 
 static void drop_ranges(struct pm_mm *mm, uint32_t first, uint32_t n)
 {
-    memmove(&mm->watched[first], &mm->watched[first + n], (mm->nwatched - first - n) * sizeof(mm->watched[0]));
+    memmove(&mm->watched[first], &mm->watched[first + n],
+            (mm->nwatched - first - n) * sizeof(mm->watched[0]));
     mm->nwatched -= n;
 }
 
-/* Registered still, and to be unregistered at the end: then a child may hold the descriptor, and nobody reads events. */
+/* Registered still, and to be unregistered at the end: then a child may hold the descriptor, and nobody reads
+ * events. */
 static void keep_unlisted(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     if (mm->unlisted.end == 0)
@@ -191,7 +194,8 @@ void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end)
     count_watched(mm);
 }
 
-/* The old place is unmapped with a message of its own, or with MREMAP_DONTUNMAP stays mapped and registered. */
+/* The old place is unmapped with a message of its own, or with MREMAP_DONTUNMAP stays mapped and registered.
+ */
 void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len)
 {
     remember(mm, to, to + len);
@@ -232,8 +236,9 @@ static int protect_run(struct pm_mm *mm, uint64_t start, uint64_t end)
 }
 
 /*
- * A private hugetlb page that was only read is mapped read-only, and the pagemap does not show it. Protected while it is not
- * there yet, which leaves a marker, it comes in with the uffd-wp bit and loses it when it is written.
+ * A private hugetlb page that was only read is mapped read-only, and the pagemap does not show it. Protected
+ * while it is not there yet, which leaves a marker, it comes in with the uffd-wp bit and loses it when it is
+ * written.
  */
 static void protect_absent_huge(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
 {
@@ -251,7 +256,8 @@ static void protect_absent_huge(struct pm_mm *mm, const struct pm_vma *vma, uint
 }
 
 /* Bytes of the interval that are watched now; a vma that refuses counts nothing. */
-static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, uint32_t flags)
+static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end,
+                         uint32_t flags)
 {
     uint64_t first = pm_max(start, vma->start), last = pm_min(end, vma->end);
     int64_t bytes = (int64_t)(last - first);
@@ -378,8 +384,8 @@ static bool next_watched(struct pm_mm *mm, uint64_t addr, struct pm_watch_range 
 }
 
 /*
- * A munmap that began before the end of the registration has its event still to come, and would wait for a reader for
- * ever. The kernel refuses with EAGAIN while one is on its way.
+ * A munmap that began before the end of the registration has its event still to come, and would wait for a
+ * reader for ever. The kernel refuses with EAGAIN while one is on its way.
  */
 static void wait_for_events(struct pm_mm *mm)
 {
@@ -404,8 +410,9 @@ void pm_unwatch_all(struct pm_mm *mm)
 }
 
 /*
- * Write-protect the present pages that are this process's own. The scan must have room for what it finds: with none it
- * protects everything, and leaves markers on unpopulated pages that keep huge pages away (seen on 6.18).
+ * Write-protect the present pages that are this process's own. The scan must have room for what it finds:
+ * with none it protects everything, and leaves markers on unpopulated pages that keep huge pages away (seen
+ * on 6.18).
  */
 static int protect_present(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
@@ -475,7 +482,8 @@ static bool is_open(struct pm_mm *mm)
     return open;
 }
 
-typedef void (*watched_fn)(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end, void *arg);
+typedef void (*watched_fn)(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end,
+                           void *arg);
 
 /* The watched part of every vma, in order. */
 static void each_watched(struct pm_mm *mm, watched_fn fn, void *arg)
@@ -539,7 +547,8 @@ uint32_t pm_watch_shared(struct pm_mm *mm, struct pm_watch_range *ret, uint32_t 
 
     if (is_open(mm))
         each_watched(mm, add_shared, &shared);
-    /* The kernel's intervals end where a vma ends, so drivers get away with dropping the page after (test_hmm does). */
+    /* The kernel's intervals end where a vma ends, so drivers get away with dropping the page after (test_hmm
+     * does). */
     for (uint32_t i = 0; i < shared.n; i++) {
         if (is_hole(mm, ret[i].start - PM_PAGE_SIZE))
             ret[i].start -= PM_PAGE_SIZE;

@@ -207,7 +207,7 @@ class AddressSpace(MemoryOperations):
         """Nobody is called for these any more, but they say what was unmapped."""
         event = ffi.new("struct pm_event *")
         while lib.pm_event_wait(self.native, 0, event) == 0:
-            if event.type == Event.UNMAP and not event.flags & lib.PM_EV_OVERFLOW:
+            if event.type == Event.UNMAP:
                 self._foreign_unmap(event.start, python_end(event.end))
             lib.pm_event_done(self.native)
 
@@ -215,7 +215,8 @@ class AddressSpace(MemoryOperations):
         """Memory unmapped or moved behind our back is no Region's any more: none may unmap what is there now.
 
         What is mapped there when the event is taken up may be another's, or a Region younger than the event.
-        So it stays the Region's, but is not unmapped unasked.
+        So it stays the Region's, but is not unmapped unasked. Events that the queue could not hold come as one over
+        everything: then every Region is in doubt.
         """
         for first, last, region in self._regions.overlapping(start, end):
             region._held.doubtful.append((first, last))

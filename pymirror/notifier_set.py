@@ -159,7 +159,7 @@ class NotifierSet:
             seq=event.seq,
             overflow=bool(event.flags & lib.PM_EV_OVERFLOW),
         )
-        if range.event is Event.UNMAP and not range.overflow:
+        if range.event is Event.UNMAP:
             mm._foreign_unmap(range.start, range.end)
         self.deliver_end(range, self.deliver_start(range, event.when_ns / 1e9))
 
