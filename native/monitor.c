@@ -131,6 +131,9 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
         invalidate_lingering(mm, msg->arg.remove.start, msg->arg.remove.end);
         break;
     case UFFD_EVENT_REMAP:
+        /* An mremap() from an old size of 0 maps memory once more: nothing has moved. */
+        if (msg->arg.remap.len == 0)
+            break;
         pm_watch_moved(mm, msg->arg.remap.to, msg->arg.remap.len);
         invalidate_now(mm, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, PM_UNMAP,
                        msg->arg.remap.to);

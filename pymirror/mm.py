@@ -151,8 +151,8 @@ class AddressSpace(MemoryOperations):
         if self._closed or self.pid != os.getpid():
             return
         _open.pop(id(self), None)
-        self._drain_events()
         lib.pm_mm_close(self.native)
+        self._drain_events()
         self._closed = True
         warnings.warn(
             f"{self!r} was collected unclosed: close() it", ResourceWarning, source=self, stacklevel=2
@@ -181,10 +181,10 @@ class AddressSpace(MemoryOperations):
         """Every step, whatever the one before it raised."""
         with ExitStack() as steps:
             steps.callback(self._end)
+            steps.callback(self._drain_events)
             steps.callback(self._join_dispatcher, deadline)
             # It wakes the dispatcher, which has been told to stop by then.
             steps.callback(lib.pm_mm_close, self.native)
-            steps.callback(self._drain_events)
             steps.callback(self.notifiers.stop, 0)
             steps.callback(self.notifiers.release)
 
@@ -215,12 +215,12 @@ class AddressSpace(MemoryOperations):
         """Memory unmapped or moved behind our back is no Region's any more: none may unmap what is there now.
 
         What is mapped there when the event is taken up may be another's, or a Region younger than the event.
-        So it stays the Region's, but is not unmapped unasked. Events that the queue could not hold come as one over
-        everything: then every Region is in doubt.
+        So it stays the Region's, but is not unmapped unasked. Events that the queue could not hold come as
+        one over everything: then every Region is in doubt.
         """
         for first, last, region in self._regions.overlapping(start, end):
             region._held.doubtful.append((first, last))
-            # ESRCH: the mm is closed.
+            # ESRCH: the mm is closed, and all of it stays in doubt.
             with suppress(MirrorError):
                 for hole in self._holes(first, last):
                     self._regions.settle(self._regions.disown(*hole, only=region))

@@ -19,14 +19,15 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Child:
-    """What the child must see is noted before the fork: private pages as they were, shared ones as files have them."""
+    """What the child must see is noted before the fork: private pages as they were, others as their files have them."""
 
     def __init__(self, model: Model, mark: bytes) -> None:
         """Fork. ``mark`` is what the child writes to the first page of each of its mappings that it may write."""
         self.mark = mark
         pages = [(addr, page) for addr, page in model.pages.items() if page.readable]
-        self._private = [(addr, page.allowed) for addr, page in pages if not page.shared]
-        self.shared = [(addr, page.file, page.index) for addr, page in pages if page.shared]
+        through = [(addr, page) for addr, page in pages if page.file is not None and page.own is None]
+        self.shared = [(addr, page.file, page.index) for addr, page in through]
+        self._private = [(addr, page.allowed) for addr, page in pages if page.file is None or page.own is not None]
         now = [(addr, page.allowed) for addr, page in pages]
         self.private_marks = _first_of_each([(a, p) for a, p in pages if p.writable and not p.shared])
         self.shared_marks = _first_of_each([(a, p) for a, p in pages if p.writable and p.shared])
@@ -37,9 +38,10 @@ class Child:
             self._run(now, go, answer)
         os.close(go)
         os.close(answer)
+        self._heard("right after the fork")
 
     def checksum_of_shared(self) -> int:
-        """What the child must find in its shared pages when it is reaped."""
+        """What the child must find in the pages of files when it is reaped."""
         checksum = 0
         for _, file, index in self.shared:
             assert file is not None
@@ -50,8 +52,8 @@ class Child:
         """Let it look and write, and wait for its end: (inode, index) of the shared pages that it has marked."""
         expected = self.checksum_of_shared()
         os.write(self._go, b"g")
-        wrong, checksum = self._result()
-        assert wrong == _OK, f"the child read other bytes than it must at {wrong:#x}"
+        checksum = self._heard("at its end")
+        self._end()
         assert checksum == expected, "the child read other bytes than it must in shared memory"
         return [(page.file.inode, page.index) for _, page in self.shared_marks if page.file is not None]
 
@@ -60,16 +62,17 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
             self._end()
 
-    def _result(self) -> tuple[int, int]:
+    def _heard(self, when: str) -> int:
+        """The child's checksum, once it has found nothing wrong."""
         poll = select.poll()
         poll.register(self._answer, select.POLLIN)
         data = os.read(self._answer, _ANSWER.size) if poll.poll(CHILD_TIMEOUT_S * 1000) else b""
         if len(data) != _ANSWER.size:
             os.kill(self.pid, signal.SIGKILL)
-        status = self._end()
-        assert len(data) == _ANSWER.size, f"the child gave no answer, wait status {status:#x}"
+            raise AssertionError(f"the child gave no answer {when}, wait status {self._end():#x}")
         wrong, checksum = _ANSWER.unpack(data)
-        return wrong, checksum
+        assert wrong == _OK, f"{when} the child read other bytes than it must at {wrong:#x}"
+        return int(checksum)
 
     def _end(self) -> int:
         pid, self.pid = self.pid, 0
@@ -83,13 +86,12 @@ class Child:
         try:
             # With its write end open here, the end of the parent would go unseen.
             os.close(self._go)
-            wrong = _compare(now)
+            os.write(answer, _ANSWER.pack(_compare(now), 0))
             if os.read(go, 1):
                 checksum = 0
                 for addr, _, _ in self.shared:
                     checksum = zlib.crc32(ctypes.string_at(addr, PAGE), checksum)
-                wrong = wrong or _compare(self._private) or self._write()
-                os.write(answer, _ANSWER.pack(wrong, checksum))
+                os.write(answer, _ANSWER.pack(_compare(self._private) or self._write(), checksum))
         finally:
             os._exit(0)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import pymirror as pm
@@ -160,7 +159,9 @@ class Model:
         for addr in range(start, end, PAGE):
             self.pages.pop(addr, None)
 
-    def move(self, old: Interval, start: int, size: int, owner: pm.Region | None, *, leave: bool = False) -> None:
+    def move(
+        self, old: Interval, start: int, size: int, owner: pm.Region | None, *, leave: bool = False
+    ) -> None:
         """mremap() from old to [start, start + size): grown, cut or moved; ``leave`` is MREMAP_DONTUNMAP."""
         moved = [self.pages[addr] for addr in range(*old, PAGE)]
         if leave:
@@ -180,7 +181,9 @@ class Model:
     def duplicate(self, addr: int, start: int, size: int, owner: pm.Region | None) -> None:
         """mremap() of shared memory with an old size of 0: the same pages once more."""
         page = self.pages[addr]
-        self.map(start, size, page.prot, shared=True, huge=page.huge, file=page.file, index=page.index, owner=owner)
+        self.map(
+            start, size, page.prot, shared=True, huge=page.huge, file=page.file, index=page.index, owner=owner
+        )
 
     def inside(self, start: int, end: int) -> list[tuple[int, Page]]:
         """The mapped pages of [start, end), in order."""
@@ -192,15 +195,11 @@ class Model:
         return next((addr for addr in range(start, end, PAGE) if addr not in self.pages), None)
 
     def segments(self) -> list[Interval]:
-        """Runs of pages of one mapping, in order of address."""
+        """Runs of pages of one mapping, in order of age: where the kernel has put them does not matter."""
         if self._segments is None:
-            self._segments = merged(self.pages, lambda a, b: self.pages[a].mapping == self.pages[b].mapping)
+            found = merged(self.pages, lambda a, b: self.pages[a].mapping == self.pages[b].mapping)
+            self._segments = sorted(found, key=lambda segment: (self.pages[segment[0]].mapping, segment))
         return self._segments
-
-    def run_around(self, addr: int) -> Interval:
-        """The segments around addr that touch each other."""
-        runs = merged(self.pages)
-        return runs[bisect_right(runs, (addr, 1 << 64)) - 1]
 
     def of_file(self, file: File, indices: Iterable[int]) -> list[int]:
         """Where these pages of a file are mapped."""
@@ -271,11 +270,11 @@ def pieces(addr: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:
         done += len(piece)
 
 
-def merged(pages: Iterable[int], alike: object = None) -> list[Interval]:
+def merged(pages: Iterable[int], alike: Callable[[int, int], bool] | None = None) -> list[Interval]:
     """Pages as intervals, in order; ``alike(a, b)`` says whether two that touch belong together."""
     found: list[list[int]] = []
     for addr in sorted(pages):
-        if found and found[-1][1] == addr and (alike is None or alike(addr - PAGE, addr)):  # type: ignore[operator]
+        if found and found[-1][1] == addr and (alike is None or alike(addr - PAGE, addr)):
             found[-1][1] = addr + PAGE
         else:
             found.append([addr, addr + PAGE])

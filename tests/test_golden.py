@@ -1,4 +1,4 @@
-"""Recorded scenarios of a real kernel, replayed: what must be equal, and that each difference is accounted for."""
+"""Recordings of a real kernel, replayed: what must be equal, and that differences are accounted for."""
 
 from __future__ import annotations
 

@@ -272,4 +272,3 @@ def test_ctrl_c_at_any_moment_leaves_nothing_held(mm: pm.AddressSpace) -> None:
         assert in_callback() is None
         assert mm.stats()["active"] == 0
     assert not sub.read_retry(sub.read_begin())
-    sub.remove()
