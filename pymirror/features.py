@@ -35,7 +35,8 @@ class Feature:
     """One feature of the kernel: its name here, what pymirror cannot do without it, and how to get it.
 
     ``since`` is the first kernel that has it, ``config`` what that kernel must be built with; ``grant`` is
-    the command that gives the privilege when the kernel has it and refuses it.
+    the command that gives the privilege when the kernel has it and refuses it. Without the feature that it
+    ``needs`` it is missing too.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Feature:
     since: str
     config: str
     grant: str
+    needs: str = ""
 
 
 # Not setcap on the interpreter: a process with file capabilities is not dumpable, and its own
@@ -71,6 +73,7 @@ FEATURES: tuple[Feature, ...] = (
         "4.11",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
+        "uffd",
     ),
     Feature(
         "wp_async",
@@ -79,6 +82,7 @@ FEATURES: tuple[Feature, ...] = (
         "6.7",
         "CONFIG_PTE_MARKER_UFFD_WP=y",
         _UFFD,
+        "uffd",
     ),
     Feature(
         "wp_unpopulated",
@@ -87,6 +91,7 @@ FEATURES: tuple[Feature, ...] = (
         "6.4",
         "CONFIG_PTE_MARKER_UFFD_WP=y",
         _UFFD,
+        "uffd",
     ),
     Feature(
         "uffd_events",
@@ -95,6 +100,7 @@ FEATURES: tuple[Feature, ...] = (
         "4.11",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
+        "uffd",
     ),
     Feature(
         "event_fork",
@@ -103,6 +109,7 @@ FEATURES: tuple[Feature, ...] = (
         "4.11",
         "CONFIG_USERFAULTFD=y",
         _CAPABLE,
+        "uffd",
     ),
     Feature(
         "move",
@@ -111,6 +118,7 @@ FEATURES: tuple[Feature, ...] = (
         "6.8",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
+        "uffd",
     ),
     Feature(
         "sigbus",
@@ -119,6 +127,7 @@ FEATURES: tuple[Feature, ...] = (
         "4.14",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
+        "uffd",
     ),
     Feature(
         "pagemap",
@@ -135,6 +144,7 @@ FEATURES: tuple[Feature, ...] = (
         "4.2",
         "CONFIG_PROC_PAGE_MONITOR=y",
         _CAPABLE,
+        "pagemap",
     ),
     Feature(
         "pagemap_scan",
@@ -143,6 +153,7 @@ FEATURES: tuple[Feature, ...] = (
         "6.7",
         "CONFIG_PROC_PAGE_MONITOR=y",
         _PROC,
+        "pagemap",
     ),
     Feature(
         "procmap_query",
@@ -229,6 +240,10 @@ class Features:
                 feature.lost,
                 f"unset {DISABLE_VARIABLE}   # and leave {name!r} out of disable=",
             )
+        if feature.needs and feature.needs not in self.have:
+            needed = self.missing(feature.needs)
+            reason = f"it needs {needed.feature!r}, which is missing too: {needed.reason}"
+            return Missing(name, needed.errno, reason, feature.lost, needed.command)
         why = self.why.get(name, 0) or errno.EOPNOTSUPP
         return Missing(name, why, _reason(feature, why), feature.lost, _command(feature, why))
 

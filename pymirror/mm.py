@@ -24,6 +24,7 @@ from ._shim import ffi, lib
 from .dump import dump
 from .errors import MirrorError, check
 from .event import Event, python_end
+from .forking import before_fork
 from .lock import MmapLock, not_under_driver_lock
 from .notifier import CallbackError, NotifierSet
 from .ops import MemoryOperations
@@ -268,10 +269,15 @@ def _einval(wrong: str, hint: str) -> MirrorError:
     return MirrorError(errno.EINVAL, f"AddressSpace: {wrong}", hint=hint)
 
 
+def _open_mms() -> list[AddressSpace]:
+    return [mm for reference in list(_open.values()) if (mm := reference()) is not None]
+
+
+before_fork(_open_mms)
+
+
 @atexit.register
 def _close_all() -> None:
     """At the interpreter's exit, while threads and callbacks can still run."""
-    for reference in list(_open.values()):
-        mm = reference()
-        if mm is not None:
-            mm.close(_EXIT_TIMEOUT)
+    for mm in _open_mms():
+        mm.close(_EXIT_TIMEOUT)

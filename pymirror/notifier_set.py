@@ -68,6 +68,11 @@ class NotifierSet:
         self.callbacks = 0
         self.callback_errors = 0
 
+    @property
+    def whole_mm(self) -> bool:
+        """Whether a notifier of the whole mm is registered."""
+        return bool(self._whole)
+
     def register(self, notifier: MmuNotifier) -> None:
         """mmu_notifier_register(): whole-mm callbacks from the next invalidation on. ESRCH on a closed mm."""
         self._check_open("register")

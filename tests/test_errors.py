@@ -77,7 +77,7 @@ def test_every_feature_says_what_is_lost_and_what_grants_it() -> None:
 
 @pytest.mark.parametrize("why", [errno.EPERM, errno.ENOSYS])
 def test_the_reason_decides_the_command(why: int) -> None:
-    found = features.Features(frozenset(), {"pfn": why}, frozenset(), 0, "", 0)
+    found = features.Features(frozenset({"pagemap"}), {"pfn": why}, frozenset(), 0, "", 0)
     with pytest.raises(pm.FeatureError) as failed:
         found.require("pfn", "snapshot")
     lost = failed.value
@@ -88,7 +88,17 @@ def test_the_reason_decides_the_command(why: int) -> None:
     assert lost.command.startswith(expected)
 
 
-def test_features_are_switched_off_one_by_one() -> None:
+def test_a_feature_that_lacks_what_it_needs_says_so() -> None:
+    found = features.Features(frozenset(), {"pagemap": errno.EPERM}, frozenset(), 0, "", 0)
+    lost = found.missing("pfn")
+    assert lost.errno == errno.EPERM
+    assert lost.reason.startswith("it needs 'pagemap', which is missing too: refused: EPERM")
+    assert lost.command == found.missing("pagemap").command
+    assert lost.lost != found.missing("pagemap").lost
+
+
+def test_features_are_switched_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYMIRROR_DISABLE", raising=False)
     with pm.AddressSpace(disable=["pfn", "procmap_query"]) as mm:
         assert "pfn" not in mm.features
         assert mm.features.disabled == {"pfn", "procmap_query"}

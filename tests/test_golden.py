@@ -117,7 +117,7 @@ def holds(reason: str) -> bool:
         return allocates_over_the_huge_zero_page()
     if reason == "fault-around":
         return watched_files_have_no_fault_around()
-    return reason == "not watched"
+    return False
 
 
 def allocates_over_the_huge_zero_page() -> bool:
