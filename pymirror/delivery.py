@@ -35,7 +35,7 @@ class Delivery:
     is no Exception, to be raised again. ``started``: whole-mm notifiers that are owed an end.
     """
 
-    __slots__ = ("blocked", "interrupt", "notifiers", "range", "started")
+    __slots__ = ("blocked", "held", "interrupt", "notifiers", "range", "started")
 
     def __init__(self, notifiers: NotifierSet, range: MmuNotifierRange) -> None:
         self.notifiers = notifiers
@@ -43,6 +43,7 @@ class Delivery:
         self.blocked = False
         self.interrupt: BaseException | None = None
         self.started: list[MmuNotifier] = []
+        self.held: dict[int, MmuNotifier | IntervalNotifier] = {}
 
     @property
     def failed(self) -> bool:
@@ -53,7 +54,7 @@ class Delivery:
         finishes: list[tuple[Callback, Any]] = []
         try:
             for notifier in overlapping:
-                if self.notifiers.hold(notifier):
+                if self._hold(notifier):
                     self._first_pass(notifier, finishes)
                 if self.blocked:
                     break
@@ -66,11 +67,11 @@ class Delivery:
         """The whole-mm notifiers, before the change. All are asked, also after one refused."""
         range = self.range
         for notifier in whole:
-            if not self.notifiers.hold(notifier):
+            if not self._hold(notifier):
                 continue
             callback = Callback(notifier, range, "invalidate_range_start")
             result = self._invoke(callback, notifier.invalidate_range_start, range)
-            self.notifiers.drop(notifier)
+            self._drop(notifier)
             refused = result is False or result == -errno.EAGAIN
             if refused and not range.blockable:
                 self.blocked = True
@@ -83,17 +84,30 @@ class Delivery:
     def end(self, started: Iterable[MmuNotifier]) -> None:
         """The whole-mm notifiers, after the change."""
         for notifier in started:
-            if self.notifiers.hold(notifier):
+            if self._hold(notifier):
                 callback = Callback(notifier, self.range, "invalidate_range_end")
                 self._invoke(callback, notifier.invalidate_range_end, self.range)
-                self.notifiers.drop(notifier)
+                self._drop(notifier)
 
     def release(self, whole: Iterable[MmuNotifier]) -> None:
         """The whole-mm notifiers, at the end of the mm."""
         for notifier in whole:
-            if self.notifiers.hold(notifier):
+            if self._hold(notifier):
                 self._invoke(Callback(notifier, self.range, "release"), notifier.release)
-                self.notifiers.drop(notifier)
+                self._drop(notifier)
+
+    def let_go(self) -> None:
+        """At the end: of what Ctrl-C left held."""
+        for notifier in list(self.held.values()):
+            self._drop(notifier)
+
+    def _hold(self, notifier: MmuNotifier | IntervalNotifier) -> bool:
+        self.held[id(notifier)] = notifier
+        return self.notifiers.hold(notifier, self)
+
+    def _drop(self, notifier: MmuNotifier | IntervalNotifier) -> None:
+        self.notifiers.drop(notifier, self)
+        self.held.pop(id(notifier), None)
 
     def _first_pass(self, notifier: IntervalNotifier, finishes: list[tuple[Callback, Any]]) -> None:
         range = self.range
@@ -111,7 +125,7 @@ class Delivery:
 
     def _judge(self, callback: Callback, result: Any) -> None:
         """The end of an interval notifier's part: did it keep the rules?"""
-        self.notifiers.drop(callback.notifier)
+        self._drop(callback.notifier)
         if result is _FAILED:
             return
         if result is False and not self.range.blockable:
@@ -122,9 +136,10 @@ class Delivery:
             self._report(callback, errno.EINVAL, f"returned without set_seq({self.range.seq})", _SET_SEQ)
 
     def _invoke(self, callback: Callback, function: Callable[..., Any], *args: Any) -> Any:
-        self.notifiers.begin(callback)
-        outer, current.callback = current.callback, callback
+        outer = current.callback
         try:
+            self.notifiers.begin(callback)
+            current.callback = callback
             with callback_scope(callback.name):
                 return function(*args)
         except Exception as error:

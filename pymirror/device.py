@@ -184,6 +184,7 @@ class Device:
             ret = self.page_table.access(mm, access)
             done += access.done
             if ret not in (0, -errno.EFAULT):
+                mm._check_pid(what)
                 raise error(-ret, what, addr=addr + done, mm=mm)
             self._count_access(access, write, ret == 0 and done == size)
             if access.done:

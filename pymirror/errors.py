@@ -18,7 +18,7 @@ _HINTS = {
     _errno.EBUSY: "the range was invalidated meanwhile: take a new sequence number and go again",
     _errno.EAGAIN: "an invalidation is running or I/O is needed: wait_until_valid(), then go again",
     _errno.EFAULT: "map the address and give it the access that is asked for, then go again",
-    _errno.EPERM: "ask for read access only, or mprotect() the vma to be writable",
+    _errno.EPERM: "mprotect() the vma to permit it, or ask for less",
     _errno.ESRCH: "open a new AddressSpace",
     _errno.ETIMEDOUT: "AddressSpace.dump() shows what is being waited for",
     _errno.EXDEV: "use a device page table with one address space at a time: clear() it first",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 _instances: weakref.WeakKeyDictionary[AddressSpace, weakref.ref[Hmm]] = weakref.WeakKeyDictionary()
-_instances_lock = threading.Lock()
+
+
+def _make_lock() -> None:
+    global _instances_lock
+    _instances_lock = threading.Lock()
+
+
+_make_lock()
+# A thread that is not there may hold the old one.
+os.register_at_fork(after_in_child=_make_lock)
 
 
 class Hmm:
@@ -42,8 +52,7 @@ class Hmm:
     @classmethod
     def get(cls, mm: AddressSpace) -> Hmm:
         """hmm_get_or_create(): the mm's instance. EFAULT when the mm is closed, ESRCH in a forked child."""
-        # Before the lock: a forked child may have inherited it locked.
-        _check_alive(mm, "hmm_get_or_create")
+        _check_alive(mm, "Mirror")
         with _instances_lock:
             known = _instances.get(mm)
             hmm = known() if known is not None else None

@@ -212,6 +212,7 @@ class Range:
             return True
         if ret in (0, -errno.ESRCH) and lib.pm_mm_alive(self._native_mm) >= 0:
             return False
+        self.mm._check_pid("wait_until_valid")
         check(ret, f"wait_until_valid: [{self.start:#x}, {self.end:#x}) is still being invalidated")
         return False
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import _thread as _thread_module
 import errno
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .errors import MirrorError
 
@@ -96,6 +98,25 @@ def _forget(key: int, forget: Callable[..., object] = _locks.pop) -> None:
     forget(key, None)
 
 
+_forked: dict[int, weakref.ref[Any]] = {}
+
+
+def renew_in_child(owner: Any) -> None:
+    """Have ``owner._make_locks()`` called in forked children: a thread that is not there may hold the old."""
+    key = id(owner)
+    _forked[key] = weakref.ref(owner, lambda _: _forget(key, _forked.pop))
+
+
+def _renew_all() -> None:
+    for reference in list(_forked.values()):
+        owner = reference()
+        if owner is not None:
+            owner._make_locks()
+
+
+os.register_at_fork(after_in_child=_renew_all)
+
+
 def driver_locks() -> list[DriverLock]:
     """Every driver lock there is, for dumps."""
     return [lock for reference in list(_locks.values()) if (lock := reference()) is not None]
@@ -152,10 +173,8 @@ class MmapLock:
     """
 
     def __init__(self) -> None:
-        # Entered as itself: Condition's own __enter__ is Python, and Ctrl-C could strike between it and the
-        # block.
-        self._lock = threading.RLock()
-        self._cond = threading.Condition(self._lock)
+        self._make_locks()
+        renew_in_child(self)
         self._readers: dict[int, int] = {}
         self._since_ns: dict[int, int] = {}
         self._writer: int | None = None
@@ -226,6 +245,12 @@ class MmapLock:
     @property
     def waiting_writers(self) -> int:
         return self._waiting_writers
+
+    def _make_locks(self) -> None:
+        # Entered as itself: Condition's own __enter__ is Python, and Ctrl-C could strike between it and the
+        # block.
+        self._lock = threading.RLock()
+        self._cond = threading.Condition(self._lock)
 
     def _acquire_read(self, what: str, timeout: float | None) -> None:
         me = threading.get_ident()

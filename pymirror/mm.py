@@ -59,7 +59,6 @@ class AddressSpace(MemoryOperations):
     def __init__(
         self, *, fault_delivery: str = "thread", disable: Iterable[str] = (), queue_length: int = 1024
     ) -> None:
-        self._closed = True
         if fault_delivery not in _FAULT_DELIVERY:
             raise _einval(f"fault_delivery={fault_delivery!r}", 'give "thread" or "inline"')
         if not 1 <= queue_length <= 1 << 20:
@@ -152,11 +151,12 @@ class AddressSpace(MemoryOperations):
         if self._closed or self.pid != os.getpid():
             return
         _open.pop(id(self), None)
+        whose = repr(self)
         lib.pm_mm_close(self.native)
         self._drain_events()
         self._closed = True
         warnings.warn(
-            f"{self!r} was collected unclosed: close() it", ResourceWarning, source=self, stacklevel=2
+            f"{whose} was collected unclosed: close() it", ResourceWarning, source=self, stacklevel=2
         )
 
     def __repr__(self) -> str:
@@ -279,5 +279,7 @@ before_fork(_open_mms)
 @atexit.register
 def _close_all() -> None:
     """At the interpreter's exit, while threads and callbacks can still run."""
-    for mm in _open_mms():
-        mm.close(_EXIT_TIMEOUT)
+    with ExitStack() as closes:
+        for mm in _open_mms():
+            # Each, whatever another raised.
+            closes.callback(mm.close, _EXIT_TIMEOUT)

@@ -30,7 +30,7 @@ class MmBase:
     pid: int
     _mmap_lock: MmapLock
     _regions: RegionMap
-    _closed: bool
+    _closed: bool = True  # until it is open
     _closing: bool
 
     @contextmanager
@@ -79,13 +79,7 @@ class MmBase:
         """
         self._check("invalidate")
         not_under_driver_lock("invalidate")
-        if (
-            start % PAGE_SIZE
-            or (end % PAGE_SIZE and end != WHOLE_MM_END)
-            or not 0 <= start < end <= WHOLE_MM_END
-        ):
-            wrong = f"invalidate: [{start:#x}, {end:#x}) is no interval of whole pages"
-            raise MirrorError(errno.EINVAL, wrong, hint="give page-aligned bytes, start below end")
+        _check_pages("invalidate", start, end)
         with self._invalidation(start, end, Event(event), owner, blockable, Guarantee(guarantee)) as change:
             yield change
 
@@ -94,9 +88,10 @@ class MmBase:
 
         Idempotent; gives how many bytes of it are watched now. Vmas that cannot be watched are passed over,
         and mappings of files unless ``files`` (watching switches their fault-around off). 0 where
-        userfaultfd is missing.
+        userfaultfd is missing. EINVAL; EDEADLK in a callback.
         """
         self._check("watch")
+        _check_pages("watch", start, end)
         end = min(end, USER_END)
         flags = lib.PM_WATCH_FILES if files else 0
         total, at = 0, start
@@ -112,6 +107,11 @@ class MmBase:
         if at < end:
             total += check(lib.pm_watch(self.native, at, end, flags), "watch")
         return total
+
+    def _watch_regions(self, start: int = 0, end: int = USER_END) -> None:
+        """Watch the Regions in [start, end): for a notifier too wide to have all of it watched."""
+        for piece_start, piece_end in self._regions.around(start, min(end, USER_END)):
+            check(lib.pm_watch(self.native, piece_start, piece_end, lib.PM_WATCH_EXACT), "watch")
 
     @contextmanager
     def _invalidation(
@@ -185,6 +185,14 @@ class MmBase:
             f"{what}: this AddressSpace belongs to process {self.pid}",
             hint="open a new AddressSpace in this process",
         )
+
+
+def _check_pages(what: str, start: int, end: int) -> None:
+    """EINVAL unless [start, end) is an interval of whole pages, below 1 << 64."""
+    if start % PAGE_SIZE == 0 and end % PAGE_SIZE == 0 and 0 <= start < end <= WHOLE_MM_END:
+        return
+    wrong = f"{what}: [{start:#x}, {end:#x}) is no interval of whole pages"
+    raise MirrorError(errno.EINVAL, wrong, hint="give page-aligned bytes, start below end")
 
 
 def _end_native(begun: Any) -> None:

@@ -48,7 +48,7 @@ __all__ = [
 _ADDRESS_SPACE_LAST = (1 << 64) - 1
 
 #: An interval from which on there is no point in watching what lies in it now: the heap of the interpreter
-#: would be watched with it. What a device maps through such a notifier is watched when it is mapped.
+#: would be watched with it. Regions are, and what a device maps through such a notifier when it is mapped.
 _WATCH_LIMIT = 1 << 46
 
 Invalidate = Callable[["IntervalNotifier", MmuNotifierRange, int], Any]
@@ -68,6 +68,7 @@ class MmuNotifier:
         self._wants_end = type(self).invalidate_range_end is not MmuNotifier.invalidate_range_end
         self.__notifiers = mm.notifiers
         self.__notifiers.register(self)
+        mm._watch_regions()
 
     def invalidate_range_start(self, range: MmuNotifierRange) -> Any:
         """[range.start, range.end) is about to change, or did (range.guarantee): stop using what you know of
@@ -158,6 +159,8 @@ class IntervalNotifier:
         try:
             if length < _WATCH_LIMIT:
                 mm.watch(start & ~0xFFF, (start + length + 0xFFF) & ~0xFFF)
+            else:
+                mm._watch_regions(start, start + length)
         except BaseException:
             self.remove()
             raise
@@ -212,6 +215,7 @@ class IntervalNotifier:
         seq = ffi.new("uint64_t *")
         ret = wait_read_begin(self._native, seq, timeout)
         if ret < 0:
+            self.mm._check_pid("read_begin")
             check(ret, f"read_begin of {self!r}", addr=self.start, hint=_begin_hint(ret))
         return int(seq[0])
 

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._shim import ffi, lib
@@ -22,6 +23,7 @@ from .delivery import Delivery, State
 from .dispatcher import Dispatcher
 from .errors import MirrorError, check
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end, python_end
+from .lock import renew_in_child
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -56,11 +58,12 @@ class NotifierSet:
     def __init__(self, mm: AddressSpace) -> None:
         self._mm = weakref.ref(mm)
         self._native = mm.native
-        self._idle = threading.Condition(threading.Lock())
+        self._make_locks()
+        renew_in_child(self)
         self._whole: Token = ()
         self._intervals: dict[int, IntervalNotifier] = {}
         self._cookies = itertools.count(1)
-        self._busy: dict[int, int] = {}
+        self._busy: dict[int, set[Delivery]] = {}
         self._running: set[Callback] = set()
         self._dispatcher: Dispatcher | None = None
         self._history: deque[Invalidation] = deque(maxlen=HISTORY_LENGTH)
@@ -75,15 +78,18 @@ class NotifierSet:
 
     def register(self, notifier: MmuNotifier) -> None:
         """mmu_notifier_register(): whole-mm callbacks from the next invalidation on. ESRCH on a closed mm."""
-        self._check_open("register")
-        with self._idle:
+        self._check_open("MmuNotifier")
+        # First: a process that may have no more threads is to have no notifier whose construction failed.
+        self.start_dispatcher()
+        with self._lock:
             self._whole = (*self._whole, notifier)
             notifier._state = State.REGISTERED
-        self.start_dispatcher()
 
     def insert(self, notifier: IntervalNotifier, last: int) -> None:
         """mmu_interval_notifier_insert(): put it in the tree, under a cookie of its own."""
         self._check_open("IntervalNotifier")
+        if self._dispatcher is None:
+            self.start_dispatcher()
         cookie = next(self._cookies)
         native = ffi.new("pm_sub **")
         # Before the tree has it: whoever finds the cookie there must find the notifier here.
@@ -96,8 +102,6 @@ class NotifierSet:
             del self._intervals[cookie]
             check(ret, "IntervalNotifier", addr=notifier.start)
         notifier._native = native[0]
-        if self._dispatcher is None:
-            self.start_dispatcher()
 
     def remove(
         self, notifier: MmuNotifier | IntervalNotifier, what: str, timeout: float = REMOVE_TIMEOUT
@@ -110,7 +114,7 @@ class NotifierSet:
         if lib.pm_mm_alive(self._native) < 0:
             return
         may_wait(what)
-        with self._idle:
+        with self._lock:
             if notifier._state in (State.NEW, State.REMOVED):
                 return
             notifier._state = State.REMOVING
@@ -131,11 +135,7 @@ class NotifierSet:
             return ()
         delivery = Delivery(self, range)
         try:
-            delivery.to_intervals(self._overlapping(range))
-            if not delivery.failed:
-                delivery.start(self._whole)
-            if delivery.failed:
-                raise delivery.interrupt or _would_block(range)
+            self._run(delivery, lambda: self._start(delivery))
         except BaseException:
             self.deliver_end(range, tuple(delivery.started))
             raise
@@ -146,7 +146,7 @@ class NotifierSet:
         if not token:
             return
         delivery = Delivery(self, range)
-        delivery.end(token)
+        self._run(delivery, lambda: delivery.end(token))
         if delivery.interrupt is not None:
             raise delivery.interrupt
 
@@ -174,21 +174,20 @@ class NotifierSet:
         RELEASE over everything to the interval notifiers, then release() of the others. Everything that
         registers from here on is refused. Call it while the native mm is open. Once.
         """
-        with self._idle:
+        with self._lock:
             if self.released:
                 return
             self.released = True
         mm = self._mm()
         assert mm is not None, "release() is a call of the living mm"
         delivery = Delivery(self, MmuNotifierRange(mm, 0, WHOLE_MM_END, Event.RELEASE))
-        self._release_intervals(delivery)
-        delivery.release(self._whole)
+        self._run(delivery, lambda: self._release(delivery))
         if delivery.interrupt is not None:
             raise delivery.interrupt
 
     def start_dispatcher(self) -> None:
         """Have a thread that delivers kernel events; once there is one, nothing."""
-        with self._idle:
+        with self._lock:
             if self._dispatcher is None and not self.released:
                 self._dispatcher = Dispatcher(self._native, self)
 
@@ -241,6 +240,12 @@ class NotifierSet:
         alive = lib.pm_mm_alive(self._native)
         if alive == 1 and not self.released:
             return
+        if alive < 0:
+            raise MirrorError(
+                errno.ESRCH,
+                f"{what}: the address space belongs to the process that this one was forked from",
+                hint="open a new AddressSpace in this process",
+            )
         raise MirrorError(errno.ESRCH, f"{what}: the address space is closed", hint="open a new AddressSpace")
 
     def _remember(self, range: MmuNotifierRange, when: float) -> None:
@@ -275,21 +280,22 @@ class NotifierSet:
     def finish(self, callback: Callback) -> None:
         self._running.discard(callback)
 
-    def hold(self, notifier: MmuNotifier | IntervalNotifier) -> bool:
+    def hold(self, notifier: MmuNotifier | IntervalNotifier, delivery: Delivery) -> bool:
         """Keep remove() waiting; False if the notifier is on its way out."""
-        with self._idle:
+        with self._lock:
             if notifier._state != State.REGISTERED:
                 return False
-            self._busy[id(notifier)] = self._busy.get(id(notifier), 0) + 1
+            self._busy.setdefault(id(notifier), set()).add(delivery)
             return True
 
-    def drop(self, notifier: MmuNotifier | IntervalNotifier) -> None:
-        with self._idle:
-            left = self._busy[id(notifier)] - 1
-            if left:
-                self._busy[id(notifier)] = left
+    def drop(self, notifier: MmuNotifier | IntervalNotifier, delivery: Delivery) -> None:
+        """The opposite; idempotent."""
+        with self._lock:
+            busy = self._busy.get(id(notifier), set())
+            busy.discard(delivery)
+            if busy:
                 return
-            del self._busy[id(notifier)]
+            self._busy.pop(id(notifier), None)
             if notifier._state == State.REMOVING:
                 self._idle.notify_all()
 
@@ -311,6 +317,33 @@ class NotifierSet:
             self._whole = tuple(one for one in self._whole if one is not notifier)
         elif self._intervals.pop(cookie, None) is not None:
             lib.pm_sub_remove(notifier._native)  # type: ignore[union-attr]
+
+    def _make_locks(self) -> None:
+        # Entered as itself: Condition's own __enter__ is Python, and Ctrl-C could strike between it and the
+        # block. Reentrant, for handlers of signals.
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+
+    def _run(self, delivery: Delivery, passes: Callable[[], None]) -> None:
+        try:
+            try:
+                passes()
+            finally:
+                delivery.let_go()
+        finally:
+            # Once more: Ctrl-C may have struck at the door of the first.
+            delivery.let_go()
+
+    def _start(self, delivery: Delivery) -> None:
+        delivery.to_intervals(self._overlapping(delivery.range))
+        if not delivery.failed:
+            delivery.start(self._whole)
+        if delivery.failed:
+            raise delivery.interrupt or _would_block(delivery.range)
+
+    def _release(self, delivery: Delivery) -> None:
+        self._release_intervals(delivery)
+        delivery.release(self._whole)
 
     def _release_intervals(self, delivery: Delivery) -> None:
         invalidation, seq = ffi.new("pm_inv **"), ffi.new("uint64_t *")

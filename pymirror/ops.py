@@ -153,6 +153,10 @@ class MemoryOperations(MmBase):
             raise error(errno.EFAULT, "mremap", addr=start, mm=self)
         if vma.hugetlb:
             affected.check_huge_cuts(self, "mremap", start, end)
+            if (end - start) % vma.page_size:
+                # The kernel would round it up, and take what lies behind away too.
+                wrong = f"old size {end - start} is not made of huge pages of {vma.page_size} bytes"
+                raise affected.invalid(self, "mremap", wrong, start, f"give a multiple of {vma.page_size}")
             new_size = affected.page_up(new_size, vma.page_size)
         if vma.end < end:
             # Watching a part may have split a vma that the kernel would move whole: watched whole it is one.
@@ -275,7 +279,10 @@ class MemoryOperations(MmBase):
 
     def _watch_new(self, start: int, end: int) -> None:
         """Memory that is new inside a notifier's interval brings no event: watch it from its birth."""
-        if lib.pm_overlapping(self.native, start, end, _ANY_KIND, ffi.NULL, 0) <= 0:
+        if (
+            not self.notifiers.whole_mm
+            and lib.pm_overlapping(self.native, start, end, _ANY_KIND, ffi.NULL, 0) <= 0
+        ):
             return
         watched = lib.pm_watch(self.native, start, end, lib.PM_WATCH_EXACT)
         if watched < 0:

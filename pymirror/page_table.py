@@ -103,6 +103,12 @@ class PageTable:
         n = pfns.size
         end = start + (n << PAGE_SHIFT)
         check_interval("PageTable.map", start, end)
+        if not target.start <= start < end <= target.last + 1:
+            raise MirrorError(
+                errno.EINVAL,
+                f"PageTable.map: [{start:#x}, {end:#x}) is not inside {target!r}",
+                hint="use a notifier that covers the pages",
+            )
         if target.read_retry(seq):
             return False
         target.mm.watch(start, end, files=True)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Region:
     """``size`` bytes of memory at ``addr``, mapped by AddressSpace.mmap() or mremap().
 
-    It is a ctypes array of bytes: index it, or make views with memoryview() or np.frombuffer(). ``prot``,
-    ``shared`` and ``huge`` (None, "thp", "hugetlb") are as it was mapped. ``fd`` is the Region's own
+    It is a ctypes array of bytes: index it, or make views with np.frombuffer() or
+    memoryview(r).cast("B"). ``prot``, ``shared`` and ``huge`` (None, "thp", "hugetlb") are as it was mapped. ``fd`` is the Region's own
     descriptor of the file or memfd behind it, -1 for private anonymous memory and once nothing of it is
     left.
 

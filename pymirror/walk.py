@@ -30,7 +30,7 @@ SNAPSHOT: int = lib.PM_WALK_STRICT | lib.PM_WALK_VERIFY
 _WHY = {
     errno.EAGAIN: "it would have to wait for I/O",
     errno.EBUSY: "the range was invalidated during the walk",
-    errno.EFAULT: "a hole, or no access",
+    errno.EFAULT: "a hole, or no permission to read",
     errno.EPERM: "the vma does not permit the access asked for",
     errno.ENOMEM: "no memory to fault the pages in",
 }
@@ -74,6 +74,8 @@ def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
     if ret == -errno.EOPNOTSUPP:
         mm.features.require("pagemap", what)
         mm.features.require("populate", what)
+    if ret == -errno.ESRCH:
+        mm._check_pid(what)
     why = _WHY.get(-ret)
     addr = walk.fail_start if ret in (-errno.EFAULT, -errno.EPERM, -EHWPOISON, -errno.ENOMEM) else None
     return error(-ret, f"{what}: {why}" if why else what, addr=addr, mm=mm)

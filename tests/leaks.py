@@ -10,7 +10,7 @@ from dataclasses import dataclass
 PATIENCE_S = 2.0
 # malloc and the stacks that glibc keeps for later threads come and go; a large Region forgotten is more.
 MEMORY_TOLERANCE = 96 << 20
-_NAMES = ("pymirror", "memfd:", "anon_hugepage", "/dev/zero")
+_NAMES = ("/pymirror-", "memfd:", "anon_hugepage", "/dev/zero")
 
 
 @dataclass(frozen=True)

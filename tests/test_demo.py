@@ -142,8 +142,17 @@ def test_hugetlb_memory_is_mirrored_where_it_is_to_be_had() -> None:
     assert "hugetlb" not in {entry["feature"] for entry in report["missing"]}
 
 
+def wait_for_an_address_space(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while not any(
+        "pymirror-status" in os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(
-    ("signum", "delay"), [(signal.SIGINT, 0.8), (signal.SIGINT, 2.5), (signal.SIGTERM, 1.5)]
+    ("signum", "delay"), [(signal.SIGINT, 0.0), (signal.SIGINT, 2.0), (signal.SIGTERM, 1.0)]
 )
 def test_a_signal_ends_it_in_order_and_tells_what_was_done(signum: int, delay: float, tmp_path: Path) -> None:
     process = subprocess.Popen(
@@ -153,6 +162,7 @@ def test_a_signal_ends_it_in_order_and_tells_what_was_done(signum: int, delay: f
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
+    wait_for_an_address_space(process.pid)
     time.sleep(delay)
     process.send_signal(signum)
     out, err = process.communicate(timeout=30)

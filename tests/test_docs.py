@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import pymirror as pm
 from pymirror.features import probe
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +47,13 @@ def test_the_readme_shows_the_output_of_its_example() -> None:
 def test_the_readme_shows_the_counts_of_the_replay() -> None:
     if "pfn" not in probe():
         pytest.skip("PFNs are switched off")
-    shown = shown_after(".venv/bin/pymirror replay tests/golden/cpu.jsonl")
+    shown = shown_after(".venv/bin/pymirror replay tests/golden/cpu.jsonl").removesuffix("...\n")
     assert output("-m", "pymirror.cli", "replay", "tests/golden/cpu.jsonl").startswith(shown)
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in pm.__all__ if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -44,9 +44,9 @@ def _table(first: str | Sequence[str], *numbers: str) -> Table:
     """Columns of text, then right-aligned ones."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in (first,) if isinstance(first, str) else first:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=8)
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -135,6 +135,8 @@ def _verdict(report: Report) -> str:
             "Interrupted: the tables tell what was done until then; everything is unmapped and closed."
         )
     lines += [f"[red]failure[/red]: {escape(failure)}" for failure in report.failures]
+    if report.ok and not work.chunks:
+        return "\n".join([*lines, "nothing was compared yet"])
     verdict = "[green]all alike[/green]" if report.ok else "[bold red]FAILED[/bold red]"
     lines.append(
         f"{verdict}: {work.chunks:,} checksums over {work.bytes / 1e9:,.2f} GB, {work.wrong} wrong; "

@@ -7,6 +7,7 @@ import json
 import sys
 
 from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, CommandError
+from pymirror.features import probe
 from pymirror.replay import FIELDS, FormatError, Result, Scenario, Summary, describe, load, play_all
 
 
@@ -82,6 +83,9 @@ def _print(summary: Summary, *, every_step: bool, evidence: bool) -> None:
         print(
             f"{whose:12}{result.scenario.id:>6}  {result.scenario.kind}: {', '.join(sorted(result.fields))}"
         )
+    if summary.different and "pfn" not in (features := probe()):
+        # Not a fault of the library's: the zero page, huge pages and copy-on-write breaks show by PFNs.
+        print(f"without PFNs prot and faults cannot be judged; do: {features.missing('pfn').command}")
     for reason, number in sorted(_reasons(summary).items()):
         print(f"{'left out':12}{number:6}  {reason}")
 

@@ -70,9 +70,14 @@ def load(path: str | Path) -> list[Scenario]:
     """
     scenarios = []
     with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                scenarios.append(_parse(line, f"{path}:{number}"))
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    scenarios.append(_parse(line, f"{path}:{number}"))
+        except UnicodeDecodeError:
+            raise FormatError(f"{path}: not text, so no scenarios") from None
+    if not scenarios:
+        raise FormatError(f"{path}: no scenarios in it")
     return scenarios
 
 
@@ -83,8 +88,12 @@ def _parse(line: str, where: str) -> Scenario:
             str(fields["id"]), fields["steps"], fields["expect"], str(fields.get("devices", "private"))
         )
         ops = [step["op"] for step in scenario.steps]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{where}: not a scenario: {error!r}") from None
+    except ValueError as error:
+        raise FormatError(f"{where}: not JSON: {error}") from None
+    except KeyError as field:
+        raise FormatError(f"{where}: not a scenario: it has no field {field}") from None
+    except TypeError:
+        raise FormatError(f"{where}: not a scenario: not an object with id, steps and expect") from None
     if len(ops) != len(scenario.expect):
         raise FormatError(f"{where}: {len(ops)} steps but {len(scenario.expect)} outcomes")
     return scenario
