@@ -50,11 +50,12 @@ static uint64_t entry_at(struct pm_table *table, uint64_t addr)
 static void look_up(struct span *span, struct pm_access *access)
 {
     uint64_t page = pm_page_down(span->addr), end = span->addr + span->len;
+    bool ours = pm_table_of(span->table, span->mm);
 
     for (unsigned i = 0; page < end; i++, page += PM_PAGE_SIZE) {
         uint32_t fault;
 
-        span->entry[i] = entry_at(span->table, page);
+        span->entry[i] = ours ? entry_at(span->table, page) : 0;
         fault = fault_of(span->mm, span->entry[i], span->write);
         if (fault == PM_FAULT_NONE)
             continue;
@@ -127,6 +128,15 @@ static int check_pages(struct span *span, struct pm_access *access)
     return -EFAULT;
 }
 
+/* The kernel does not say which side of a copy it was. */
+static bool buffer_gone(const struct span *span, const char *buf)
+{
+    uint64_t addr = (uintptr_t)buf, need = span->write ? PM_VMA_READ : PM_VMA_WRITE;
+    struct pm_vma vma;
+
+    return pm_vma_query(span->mm, addr, &vma) || vma.start > addr || !(vma.flags & need);
+}
+
 /* Bytes copied, or -EFAULT with the fault set, or another errno. */
 static int64_t copy(struct span *span, struct pm_access *access, char *buf)
 {
@@ -135,7 +145,7 @@ static int64_t copy(struct span *span, struct pm_access *access, char *buf)
 
     if (n == -EINTR)
         return 0;
-    if (n != -EFAULT)
+    if (n != -EFAULT || buffer_gone(span, buf))
         return n;
     fault_at(access, pm_page_down(span->addr), pm_page_down(span->addr) + PM_PAGE_SIZE, PM_FAULT_CHANGED);
     return -EFAULT;

@@ -167,6 +167,9 @@ int pm_invalidate_end(pm_inv *inv)
         return -ESRCH;
     pm_point(PM_POINT_INVALIDATE_END);
     pm_lock(mm);
+    /* A callback refused, or was interrupted: what was left fenced is nobody's mistake. */
+    if (inv->undelivered)
+        pm_tables_drop(mm, inv->start, inv->last, inv->seq);
     pm_inv_close(mm, inv);
     pm_status_update(mm);
     pm_unlock(mm);

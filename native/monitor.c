@@ -65,8 +65,11 @@ static struct pm_inv *linger_slot(struct pm_mm *mm)
     return NULL;
 }
 
-/* No slot is free: stretch the youngest over this interval too, and fence again. */
-static uint64_t linger_stretch(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t now)
+/*
+ * No slot is free: stretch the youngest over this interval too, and fence again. The event is of the whole, for
+ * what lies between is fenced with it.
+ */
+static void linger_stretch(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t now)
 {
     struct pm_inv *inv = &mm->linger[PM_LINGER_MAX - 1];
     struct pm_inv again = {0};
@@ -78,7 +81,7 @@ static uint64_t linger_stretch(struct pm_mm *mm, uint64_t start, uint64_t end, u
     inv->last = last;
     inv->earliest_ns = now + LINGER_MIN_NS;
     inv->until_ns = now + LINGER_MAX_NS;
-    return seq;
+    push(mm, first, last + 1, PM_CLEAR, PM_BEFORE, seq, 0);
 }
 
 /*
@@ -96,15 +99,15 @@ static void invalidate_lingering(struct pm_mm *mm, uint64_t start, uint64_t end)
     }
     now = pm_now_ns();
     inv = linger_slot(mm);
-    if (inv) {
-        memset(inv, 0, sizeof(*inv));
-        inv->used = inv->linger = true;
-        inv->earliest_ns = now + LINGER_MIN_NS;
-        inv->until_ns = now + LINGER_MAX_NS;
-        seq = pm_inv_open(mm, inv, start, pm_last(end), PM_CLEAR, PM_BEFORE);
-    } else {
-        seq = linger_stretch(mm, start, end, now);
+    if (!inv) {
+        linger_stretch(mm, start, end, now);
+        return;
     }
+    memset(inv, 0, sizeof(*inv));
+    inv->used = inv->linger = true;
+    inv->earliest_ns = now + LINGER_MIN_NS;
+    inv->until_ns = now + LINGER_MAX_NS;
+    seq = pm_inv_open(mm, inv, start, pm_last(end), PM_CLEAR, PM_BEFORE);
     push(mm, start, end, PM_CLEAR, PM_BEFORE, seq, 0);
 }
 

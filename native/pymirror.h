@@ -201,7 +201,8 @@ uint64_t pm_sub_seq(const pm_sub *sub);
 int pm_invalidate_start(pm_mm *mm, uint64_t start, uint64_t end, int event, int guarantee, pm_inv **ret,
                         uint64_t *seq);
 int pm_invalidate_delivered(pm_inv *inv);
-int pm_invalidate_end(pm_inv *inv); /* frees inv */
+/* Frees inv. Without pm_invalidate_delivered() before, a callback refused: entries that inv fenced are dropped. */
+int pm_invalidate_end(pm_inv *inv);
 
 /* Cookies of the subs of the given kinds (bit mask) that overlap [start, end), in address order; returns
  * how many there are, which may be more than cap. */
@@ -325,8 +326,8 @@ struct pm_access {
 
 /*
  * Read or write process memory as the device, page by page through the table. 0 when all of it was done;
- * -EFAULT with `fault` set at the first page that the table does not serve; what was done before it stays
- * done.
+ * -EFAULT with `fault` set at the first page that the table does not serve, or PM_FAULT_NONE when it is `buf`
+ * that is not there; what was done before it stays done.
  */
 int pm_access(pm_table *table, struct pm_access *access);
 /* Compare the entries of [start, end) with the page table: 0 alike, -ESTALE and the first changed run. */

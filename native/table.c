@@ -80,17 +80,22 @@ static void free_below(_Atomic(void *) *node, int level)
     }
 }
 
+bool pm_table_of(const struct pm_table *table, const struct pm_mm *mm)
+{
+    return atomic_load(&table->linked) == mm;
+}
+
 static void unlink_table(struct pm_table *table)
 {
     struct pm_mm *mm = table->mm;
     struct pm_table **link = &mm->tables;
 
-    if (!table->linked)
+    if (!pm_table_of(table, mm))
         return;
     while (*link != table)
         link = &(*link)->next;
     *link = table->next;
-    table->linked = false;
+    atomic_store(&table->linked, NULL);
     atomic_fetch_sub(&mm->ntables, 1);
 }
 
@@ -105,7 +110,7 @@ static void unbind(struct pm_table *table)
     unlink_table(table);
     pm_unlock(mm);
     free_below(table->top, PM_TOP_LEVEL);
-    table->entries = table->fenced = table->leaves = table->nodes = 0;
+    table->entries = table->fenced = table->nodes = 0;
     table->mm = NULL;
     pm_mm_put(mm);
 }
@@ -135,11 +140,22 @@ struct pm_mm *pm_table_mm(struct pm_table *table)
     return mm;
 }
 
+/* With `grow` held. */
+static bool has_entries(struct pm_table *table)
+{
+    bool any;
+
+    pm_lock(table->mm);
+    any = table->entries != 0;
+    pm_unlock(table->mm);
+    return any;
+}
+
 static int bind(struct pm_table *table, struct pm_mm *mm)
 {
     if (table->mm == mm)
         return 0;
-    if (table->mm && pm_mm_check(table->mm) == 0 && table->entries != 0)
+    if (table->mm && pm_mm_check(table->mm) == 0 && has_entries(table))
         return -EXDEV;
     unbind(table);
     pm_mm_get(mm);
@@ -148,7 +164,7 @@ static int bind(struct pm_table *table, struct pm_mm *mm)
     pm_lock(mm);
     table->next = mm->tables;
     mm->tables = table;
-    table->linked = true;
+    atomic_store(&table->linked, mm);
     atomic_fetch_add(&mm->ntables, 1);
     pm_unlock(mm);
     return 0;
@@ -325,6 +341,34 @@ void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t s
     }
 }
 
+static void drop_fenced(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last, uint64_t seq)
+{
+    uint64_t fenced = PM_ENTRY_FENCED | (seq & PM_ENTRY_SEQ_MASK);
+
+    for (unsigned i = first; i <= last; i++) {
+        if ((leaf->entry[i] & ~PM_ENTRY_WRITE) != fenced)
+            continue;
+        leaf->entry[i] = 0;
+        leaf->used--;
+        leaf->fenced--;
+        table->fenced--;
+        table->entries--;
+    }
+}
+
+void pm_tables_drop(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq)
+{
+    for (struct pm_table *table = mm->tables; table; table = table->next) {
+        uint64_t addr = start;
+        struct pm_leaf *leaf;
+
+        while ((leaf = pm_table_next_leaf(table, &addr, last))) {
+            drop_fenced(table, leaf, pm_leaf_slot(addr), last_slot(addr, last), seq);
+            addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
+        }
+    }
+}
+
 static int64_t clear_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last)
 {
     int64_t n = 0;
@@ -366,7 +410,7 @@ int64_t pm_table_clear(pm_table *table, uint64_t start, uint64_t end)
     if (!pm_mm_owned(mm))
         return -ESRCH;
     pm_lock(mm);
-    while ((leaf = pm_table_next_leaf(table, &addr, last))) {
+    while (pm_table_of(table, mm) && (leaf = pm_table_next_leaf(table, &addr, last))) {
         n += clear_leaf(table, leaf, pm_leaf_slot(addr), last_slot(addr, last));
         if (leaf->used == 0) {
             unlink_leaf(table, addr);
@@ -401,7 +445,7 @@ int pm_table_read(pm_table *table, uint64_t start, uint64_t n, uint64_t *ret)
     pm_lock(mm);
     for (uint64_t i = 0; i < n; i += step) {
         uint64_t addr = start + (i << PM_PAGE_SHIFT);
-        struct pm_leaf *leaf = pm_table_leaf(table, addr);
+        struct pm_leaf *leaf = pm_table_of(table, mm) ? pm_table_leaf(table, addr) : NULL;
 
         step = pages_in_leaf(addr, n - i);
         if (leaf)
@@ -435,7 +479,7 @@ int pm_table_next(pm_table *table, uint64_t start, uint64_t end, uint64_t *ret)
     if (!pm_mm_owned(mm))
         return -ESRCH;
     pm_lock(mm);
-    while (err && (leaf = pm_table_next_leaf(table, &addr, last))) {
+    while (err && pm_table_of(table, mm) && (leaf = pm_table_next_leaf(table, &addr, last))) {
         err = next_in_leaf(leaf, addr, last, ret);
         addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
     }
@@ -465,9 +509,12 @@ int pm_table_stats(pm_table *table, struct pm_table_stats *ret)
     if (!pm_mm_owned(mm))
         return -ESRCH;
     pm_lock(mm);
-    ret->entries = table->entries;
-    ret->fenced = table->fenced;
-    ret->bytes += count_leaves(table) * sizeof(struct pm_leaf) + table->nodes * PM_FANOUT * sizeof(void *);
+    if (pm_table_of(table, mm)) {
+        ret->entries = table->entries;
+        ret->fenced = table->fenced;
+        ret->bytes +=
+            count_leaves(table) * sizeof(struct pm_leaf) + table->nodes * PM_FANOUT * sizeof(void *);
+    }
     pm_unlock(mm);
     pm_mm_put(mm);
     return 0;

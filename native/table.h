@@ -27,9 +27,10 @@ struct pm_table {
     atomic_uint_least64_t owner; /* pm_process() when it was bound */
     pthread_mutex_t grow;
     struct pm_mm *mm; /* under `grow` */
-    bool linked;      /* in mm->tables; under the device lock */
+    _Atomic(struct pm_mm *) linked; /* whose list has it; changes under that mm's device lock */
     _Atomic(void *) top[PM_FANOUT];
-    uint64_t entries, fenced, leaves, nodes;
+    uint64_t entries, fenced; /* under the device lock */
+    atomic_uint_least64_t nodes;
 };
 
 static inline uint64_t pm_leaf_first(uint64_t addr)
@@ -56,8 +57,10 @@ struct pm_leaf *pm_table_next_leaf(struct pm_table *table, uint64_t *addr, uint6
 /* The mm that the table is bound to, referenced, or NULL; NULL too in a forked child, where `grow` may be
  * held for ever. */
 struct pm_mm *pm_table_mm(struct pm_table *table);
-/* With the device lock held: does `entry` still stand at addr? */
-bool pm_table_has(struct pm_table *table, uint64_t addr, uint64_t entry);
+/* With the device lock of mm held: is it mm's table? Another thread may have bound it to another since. */
+bool pm_table_of(const struct pm_table *table, const struct pm_mm *mm);
+/* And does `entry` still stand at addr? */
+bool pm_table_has(struct pm_table *table, const struct pm_mm *mm, uint64_t addr, uint64_t entry);
 /* Is the page behind a usable entry another than the pagemap shows? */
 bool pm_entry_changed(uint64_t entry, uint64_t pagemap);
 

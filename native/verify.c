@@ -12,9 +12,9 @@
 
 enum { VERIFY_BLOCK = PM_FANOUT };
 
-bool pm_table_has(struct pm_table *table, uint64_t addr, uint64_t entry)
+bool pm_table_has(struct pm_table *table, const struct pm_mm *mm, uint64_t addr, uint64_t entry)
 {
-    struct pm_leaf *leaf = pm_table_leaf(table, addr);
+    struct pm_leaf *leaf = pm_table_of(table, mm) ? pm_table_leaf(table, addr) : NULL;
 
     return leaf && leaf->entry[pm_leaf_slot(addr)] == entry;
 }
@@ -51,10 +51,10 @@ static int verify_block(struct pm_table *table, struct pm_mm *mm, uint64_t addr,
     pm_lock(mm);
     /* An invalidation that came between the two reads has told of the change already. */
     while (i < n && !(pm_entry_changed(entry[i], seen[i]) &&
-                      pm_table_has(table, addr + (i << PM_PAGE_SHIFT), entry[i])))
+                      pm_table_has(table, mm, addr + (i << PM_PAGE_SHIFT), entry[i])))
         i++;
     for (first = i; i < n && pm_entry_changed(entry[i], seen[i]); i++) {
-        if (!pm_table_has(table, addr + (i << PM_PAGE_SHIFT), entry[i]))
+        if (!pm_table_has(table, mm, addr + (i << PM_PAGE_SHIFT), entry[i]))
             break;
     }
     pm_unlock(mm);
@@ -113,24 +113,79 @@ static int verify_leaf(const struct pm_leaf *leaf, uint64_t addr, uint64_t end, 
     return -ESTALE;
 }
 
+/* With the device lock held: the lowest changed run of [from, end) over all tables. */
+static int first_changed(struct pm_mm *mm, uint64_t from, uint64_t end, uint64_t start, const uint64_t *pfns,
+                         uint64_t *cs, uint64_t *ce)
+{
+    int err = 0;
+
+    for (struct pm_table *table = mm->tables; table && from < end; table = table->next) {
+        uint64_t addr = from;
+        struct pm_leaf *leaf;
+
+        while (from < end && (leaf = pm_table_next_leaf(table, &addr, end - 1))) {
+            if (verify_leaf(leaf, addr, end, start, pfns, cs, ce)) {
+                err = -ESTALE;
+                end = *cs;
+            }
+            addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
+        }
+    }
+    return err;
+}
+
+static bool changed_in(struct pm_table *table, uint64_t addr, const uint64_t *seen, const uint64_t *pfns,
+                       uint64_t n)
+{
+    const struct pm_leaf *leaf = pm_table_leaf(table, addr);
+
+    for (uint64_t i = 0; leaf && i < n; i++) {
+        uint64_t entry = leaf->entry[pm_leaf_slot(addr) + i];
+
+        /* A vma that may not be read has its pages still. */
+        if (pm_entry_changed(entry, seen[i]) || ((entry & PM_ENTRY_VALID) && (pfns[i] & PM_PFN_ERROR)))
+            return true;
+    }
+    return false;
+}
+
+/*
+ * A run of one leaf, looked at once more: another thread may have faulted and programmed pages since pfns were
+ * read, which is no change of the page table behind an entry. 0; -ESTALE; -EBUSY: pfns are what is outdated.
+ */
+static int confirm(struct pm_mm *mm, uint64_t addr, uint64_t n, const uint64_t *pfns)
+{
+    uint64_t seen[VERIFY_BLOCK];
+    int err = pm_pagemap_read(mm, addr, n, seen);
+
+    if (err)
+        return err;
+    pm_lock(mm);
+    for (struct pm_table *table = mm->tables; table && !err; table = table->next)
+        err = changed_in(table, addr, seen, pfns, n) ? -ESTALE : 0;
+    pm_unlock(mm);
+    for (uint64_t i = 0; !err && i < n; i++)
+        err = pfns[i] & PM_PFN_VALID ? -EBUSY : 0;
+    return err;
+}
+
 /* For the walk, which has just read [start, end) into pfns while seq held. */
 int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint64_t *pfns, uint64_t *cs,
                      uint64_t *ce)
 {
+    uint64_t from = start;
     int err = 0;
 
     if (atomic_load_explicit(&mm->ntables, memory_order_acquire) == 0)
         return 0;
-    pm_lock(mm);
-    for (struct pm_table *table = mm->tables; table && !err; table = table->next) {
-        uint64_t addr = start;
-        struct pm_leaf *leaf;
-
-        while (!err && (leaf = pm_table_next_leaf(table, &addr, end - 1))) {
-            err = verify_leaf(leaf, addr, end, start, pfns, cs, ce);
-            addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
-        }
+    while (!err && from < end) {
+        pm_lock(mm);
+        err = first_changed(mm, from, end, start, pfns, cs, ce);
+        pm_unlock(mm);
+        if (!err)
+            return 0;
+        err = confirm(mm, *cs, (*ce - *cs) >> PM_PAGE_SHIFT, pfns + ((*cs - start) >> PM_PAGE_SHIFT));
+        from = *ce;
     }
-    pm_unlock(mm);
     return err;
 }

@@ -255,6 +255,14 @@ static void protect_absent_huge(struct pm_mm *mm, const struct pm_vma *vma, uint
     }
 }
 
+/* The kernel refuses with EAGAIN while a message is on its way. */
+static bool events_unread(struct pm_mm *mm)
+{
+    struct uffdio_writeprotect nothing = {.range = {0, PM_PAGE_SIZE}};
+
+    return pm_sys_ioctl(mm->uffd, UFFDIO_WRITEPROTECT, &nothing) == -EAGAIN;
+}
+
 /* Bytes of the interval that are watched now; a vma that refuses counts nothing. */
 static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end,
                          uint32_t flags)
@@ -263,7 +271,8 @@ static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t st
     int64_t bytes = (int64_t)(last - first);
     int err;
 
-    if (pm_watched(mm, first, last))
+    /* With an event unread the list may still have what was mapped here before. */
+    if (!events_unread(mm) && pm_watched(mm, first, last))
         return bytes;
     if (!(flags & PM_WATCH_EXACT)) {
         first = vma->start;
@@ -385,14 +394,13 @@ static bool next_watched(struct pm_mm *mm, uint64_t addr, struct pm_watch_range 
 
 /*
  * A munmap that began before the end of the registration has its event still to come, and would wait for a
- * reader for ever. The kernel refuses with EAGAIN while one is on its way.
+ * reader for ever.
  */
 static void wait_for_events(struct pm_mm *mm)
 {
-    struct uffdio_writeprotect nothing = {.range = {0, PM_PAGE_SIZE}};
     uint64_t until = pm_now_ns() + event_limit_ns;
 
-    while (pm_sys_ioctl(mm->uffd, UFFDIO_WRITEPROTECT, &nothing) == -EAGAIN && pm_now_ns() < until)
+    while (events_unread(mm) && pm_now_ns() < until)
         nanosleep(&(struct timespec){.tv_nsec = 50 * 1000}, NULL);
 }
 

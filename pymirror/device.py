@@ -192,7 +192,12 @@ class Device:
             if ret == 0:
                 continue
             if access.fault == lib.PM_FAULT_NONE:
-                raise error(errno.EFAULT, what, addr=addr + done, mm=mm)
+                raise MirrorError(
+                    errno.EFAULT,
+                    f"{what} at {addr + done:#x}: the other side, the buffer of the caller, is not mapped",
+                    addr=addr + done,
+                    hint="keep the buffer until the access is over",
+                )
             faults.again(what, access)
             faults.refused = self._fault(mm, access, addr + size, what)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 _instances: weakref.WeakKeyDictionary[AddressSpace, weakref.ref[Hmm]] = weakref.WeakKeyDictionary()
+_instances_lock: threading.Lock
 
 
 def _make_lock() -> None:

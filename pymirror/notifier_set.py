@@ -65,6 +65,8 @@ class NotifierSet:
         self._cookies = itertools.count(1)
         self._busy: dict[int, set[Delivery]] = {}
         self._running: set[Callback] = set()
+        #: A callback has ended. Not a function in Python: Ctrl-C could strike at its door.
+        self.finish = self._running.discard
         self._dispatcher: Dispatcher | None = None
         self._history: deque[Invalidation] = deque(maxlen=HISTORY_LENGTH)
         self.released = False
@@ -276,9 +278,6 @@ class NotifierSet:
         """A callback starts to run in this thread."""
         self.callbacks += 1
         self._running.add(callback)
-
-    def finish(self, callback: Callback) -> None:
-        self._running.discard(callback)
 
     def hold(self, notifier: MmuNotifier | IntervalNotifier, delivery: Delivery) -> bool:
         """Keep remove() waiting; False if the notifier is on its way out."""

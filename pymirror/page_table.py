@@ -18,7 +18,7 @@ from .event import native_end
 from .hmm_range import Range
 from .lock import not_in_callback
 from .notifier import IntervalNotifier
-from .walk import PAGE_SHIFT, PAGE_SIZE, USER_END, check_interval, check_pfns
+from .walk import PAGE_SHIFT, PAGE_SIZE, USER_END, check_covers, check_interval, check_pfns
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -103,12 +103,8 @@ class PageTable:
         n = pfns.size
         end = start + (n << PAGE_SHIFT)
         check_interval("PageTable.map", start, end)
-        if not target.start <= start < end <= target.last + 1:
-            raise MirrorError(
-                errno.EINVAL,
-                f"PageTable.map: [{start:#x}, {end:#x}) is not inside {target!r}",
-                hint="use a notifier that covers the pages",
-            )
+        if isinstance(target, IntervalNotifier):
+            check_covers(target, "PageTable.map", start, end)
         if target.read_retry(seq):
             return False
         target.mm.watch(start, end, files=True)

@@ -25,9 +25,9 @@ class Region:
     """``size`` bytes of memory at ``addr``, mapped by AddressSpace.mmap() or mremap().
 
     It is a ctypes array of bytes: index it, or make views with np.frombuffer() or
-    memoryview(r).cast("B"). ``prot``, ``shared`` and ``huge`` (None, "thp", "hugetlb") are as it was mapped. ``fd`` is the Region's own
-    descriptor of the file or memfd behind it, -1 for private anonymous memory and once nothing of it is
-    left.
+    memoryview(r).cast("B"). ``prot``, ``shared`` and ``huge`` (None, "thp", "hugetlb") are as it was mapped.
+    ``fd`` is the Region's own descriptor of the file or memfd behind it, -1 for private anonymous memory and
+    once nothing of it is left.
 
     A view does not keep memory that AddressSpace.munmap() took away: touching it is then a SIGSEGV, as in C.
     """

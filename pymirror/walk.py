@@ -56,6 +56,17 @@ def check_interval(what: str, start: int, end: int, shift: int = PAGE_SHIFT) -> 
     )
 
 
+def check_covers(sub: IntervalNotifier, what: str, start: int, end: int) -> None:
+    """EINVAL unless [start, end) lies in the notifier's interval."""
+    if sub.start <= start and end <= sub.start + sub.length:
+        return
+    raise MirrorError(
+        errno.EINVAL,
+        f"{what}: [{start:#x}, {end:#x}) is not inside {sub!r}, whose sequence would say nothing of it",
+        hint="use a notifier that covers the range",
+    )
+
+
 def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
     """The error of a failed pm_walk().
 
@@ -113,12 +124,7 @@ def hmm_range_fault(
     what = "hmm_range_fault"
     may_wait(what)
     check_interval(what, start, end)
-    if sub.start > start or end > sub.start + sub.length:
-        raise MirrorError(
-            errno.EINVAL,
-            f"{what}: [{start:#x}, {end:#x}) is not inside {sub!r}, whose sequence would say nothing of it",
-            hint="use a notifier that covers the range",
-        )
+    check_covers(sub, what, start, end)
     check_pfns(what, pfns, (end - start) >> PAGE_SHIFT)
     mm = sub.mm
     if not sub.watched:

@@ -424,6 +424,73 @@ static void a_second_mm_cannot_watch_the_same(void)
     close_mm(other);
 }
 
+/* More at once than there are slots to linger in: what is fenced with the last of them is told of too. */
+static void what_many_removes_fence_is_told(void)
+{
+    enum { MANY = 200, GAP = 180 };
+    char *many = new_pages(MANY);
+    pm_sub *over = new_sub(mm, many, MANY);
+    struct pm_event event;
+
+    memset(many, 1, MANY * PAGE);
+    if (!mm_has(mm, PM_FEAT_UFFD_EVENTS)) {
+        drop_sub(over);
+        free_pages(many, MANY);
+        LEAVE_OUT("no userfaultfd events for this user");
+    }
+    CHECK_EQ(pm_watch(mm, addr_of(many), addr_of(many) + MANY * PAGE, 0), MANY * PAGE);
+    CHECK_EQ(mirror_pages(mm, table, over, many, MANY, WANT_WRITE), 0);
+    for (int i = 0; i < 90; i++) {
+        char *page = many + (i < 89 ? 2 * i : MANY - 1) * PAGE;
+
+        CHECK_EQ(madvise(page, PAGE, MADV_DONTNEED), 0);
+        *page = 1; /* so that it lingers its full time */
+    }
+    while (pm_event_wait(mm, 20 * MILLISECOND, &event) == 0) {
+        pm_table_clear(table, event.start, event.end);
+        CHECK_EQ(pm_event_done(mm), 0);
+    }
+    for (int i = 0; i < MANY; i++)
+        CHECK(fault_at(many + i * PAGE) != PM_FAULT_STALE);
+    CHECK_EQ(fault_at(many), PM_FAULT_MISSING);
+    CHECK_EQ(fault_at(many + (MANY - 1) * PAGE), PM_FAULT_MISSING);
+    drop_sub(over);
+    free_pages(many, MANY);
+}
+
+static void call_munmap(struct call *call)
+{
+    call->ret = munmap(mem, PAGES * PAGE);
+}
+
+/* The list of what is watched has the old mapping still. */
+static void new_memory_where_an_unmap_is_unread(void)
+{
+    const uint64_t size = PAGES * PAGE;
+    struct call unmapper = {.fn = call_munmap};
+    struct pm_event event;
+
+    NEED_EVENTS();
+    CHECK_EQ(pm_point_arm(PM_POINT_MONITOR_POLLED), 0);
+    call_start(&unmapper);
+    CHECK_EQ(pm_point_wait(PM_POINT_MONITOR_POLLED, 10 * SECOND), 0);
+    CHECK(mmap(mem, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) ==
+          mem);
+    CHECK_EQ(pm_watch(mm, addr_of(mem), addr_of(mem) + size, PM_WATCH_EXACT), size);
+    CHECK_EQ(pm_point_release(PM_POINT_MONITOR_POLLED), 0);
+    CHECK_EQ(call_join(&unmapper), 0);
+    event = next_event();
+    CHECK_EQ(event.type, PM_UNMAP);
+    CHECK_EQ(pm_event_done(mm), 0);
+    CHECK_EQ(munmap(mem, size), 0);
+    event = next_event();
+    CHECK_EQ(event.type, PM_UNMAP);
+    CHECK_EQ(event.start, addr_of(mem));
+    CHECK_EQ(pm_event_done(mm), 0);
+    CHECK(mmap(mem, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) ==
+          mem);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
@@ -441,6 +508,8 @@ int main(int argc, char **argv)
         TEST(no_access_between_read_and_fence),
         TEST(close_while_events_come),
         TEST(a_second_mm_cannot_watch_the_same),
+        TEST(what_many_removes_fence_is_told),
+        TEST(new_memory_where_an_unmap_is_unread),
     };
 
     return run_tests_with(set_up, tear_down, tests, COUNT_OF(tests), argc, argv);

@@ -326,6 +326,49 @@ static void a_table_outlives_its_mm(void)
     pm_table_put(table);
 }
 
+static atomic_bool keep_looking;
+
+static void call_look_on(struct call *call)
+{
+    pm_table *table = call->arg[0];
+    struct pm_table_stats stats;
+    uint64_t entry;
+    char byte;
+    int err;
+
+    while (atomic_load(&keep_looking)) {
+        pm_table_clear(table, 0, 0);
+        pm_table_read(table, at(0), 1, &entry);
+        pm_table_stats(table, &stats);
+        device_read(table, mem, &byte, 1, &err);
+    }
+}
+
+/* A callback of the one mm may still be at work when the table goes to the other. */
+static void changing_mms_among_readers(void)
+{
+    pm_table *table = new_table();
+    pm_mm *mms[2] = {mm, open_mm()};
+    pm_sub *subs[2] = {sub, new_sub(mms[1], mem, PAGES)};
+    struct call looker = {.fn = call_look_on, .arg = {table}};
+    uint64_t seq, pfn = VALID | 1, until = now_ns() + 300 * MILLISECOND;
+
+    atomic_store(&keep_looking, true);
+    call_start(&looker);
+    for (int i = 0; now_ns() < until; i++) {
+        CHECK_EQ(read_begin(subs[i % 2], &seq), 0);
+        int err = pm_table_map(table, subs[i % 2], seq, at(0), 1, &pfn);
+        CHECK(err == 0 || err == -EXDEV);
+    }
+    atomic_store(&keep_looking, false);
+    call_join(&looker);
+    pm_table_clear(table, 0, 0);
+    CHECK_EQ(stats_of(table).entries, 0);
+    pm_table_put(table);
+    drop_sub(subs[1]);
+    close_mm(mms[1]);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
@@ -343,6 +386,7 @@ int main(int argc, char **argv)
         TEST(verify_sees_another_page),
         TEST(invalidation_before_the_commit),
         TEST(a_table_outlives_its_mm),
+        TEST(changing_mms_among_readers),
     };
     int failed;
 

@@ -234,6 +234,43 @@ static void huge_pages_have_an_order(void)
     free_pages(area, 2 * HUGE);
 }
 
+static void call_snapshot(struct call *call)
+{
+    call->ret = snapshot(PM_WALK_VERIFY);
+}
+
+/* What another thread faults and programs meanwhile is no change behind the device's back. */
+static void pages_that_come_during_a_walk(void)
+{
+    struct call looker = {.fn = call_snapshot};
+    pm_table *table = new_table();
+
+    CHECK_EQ(pm_point_arm(PM_POINT_WALK_AFTER_READ), 0);
+    call_start(&looker);
+    CHECK_EQ(pm_point_wait(PM_POINT_WALK_AFTER_READ, 10 * SECOND), 0);
+    CHECK_EQ(mirror_pages(mm, table, sub, mem, PAGES, WANT_WRITE), 0);
+    CHECK_EQ(pm_point_release(PM_POINT_WALK_AFTER_READ), 0);
+    CHECK_EQ(call_join(&looker), 0);
+    CHECK_EQ(flags_of(0), 0);
+    CHECK_EQ(snapshot(PM_WALK_VERIFY), 0);
+    CHECK_EQ(flags_of(0), VALID | WRITE);
+    pm_table_put(table);
+}
+
+static void verify_sees_what_may_not_be_read(void)
+{
+    pm_table *table = new_table();
+
+    CHECK_EQ(mirror_pages(mm, table, sub, mem, PAGES, WANT_WRITE), 0);
+    CHECK_EQ(mprotect(mem, PAGE, PROT_NONE), 0);
+    CHECK_EQ(snapshot(PM_WALK_VERIFY), -ESTALE);
+    CHECK_EQ(mprotect(mem, PAGE, PROT_READ | PROT_WRITE), 0);
+    CHECK_EQ(snapshot(PM_WALK_VERIFY), 0);
+    madvise(mem, PAGE, MADV_DONTNEED);
+    CHECK_EQ(snapshot(PM_WALK_VERIFY), -ESTALE);
+    pm_table_put(table);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
@@ -242,6 +279,7 @@ int main(int argc, char **argv)
         TEST(holes_and_protections),         TEST(bad_arguments),
         TEST(an_invalidation_ends_the_walk), TEST(an_old_sequence_is_refused),
         TEST(after_close_it_is_gone),        TEST(huge_pages_have_an_order),
+        TEST(pages_that_come_during_a_walk), TEST(verify_sees_what_may_not_be_read),
     };
 
     return run_tests_with(set_up, tear_down, tests, COUNT_OF(tests), argc, argv);
