@@ -145,8 +145,12 @@ static int mark_process(void)
     int err;
 
     if (process) {
-        if (atomic_load(process) == 0)
+        if (atomic_load(process) == 0) {
+            /* The child of a raw clone, where no fork handler ran: the contexts in the list are its parent's.
+             */
+            registry.list = NULL;
             atomic_store(process, pm_now_ns() | 1);
+        }
         return 0;
     }
     err = pm_sys_mmap(0, PM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, &at);

@@ -56,18 +56,31 @@ static void invalidate_now(struct pm_mm *mm, uint64_t start, uint64_t end, int t
     push(mm, start, end, type, PM_AFTER, seq, moved_to);
 }
 
-static struct pm_inv *linger_slot(struct pm_mm *mm)
+/*
+ * A free slot, or that of the oldest linger that has lasted its least time: under a storm of REMOVEs each
+ * lasts shorter, and what it might still miss the comparison of PFNs finds. Stretching instead would keep the
+ * memory between them invalidating for as long as the storm goes on.
+ */
+static struct pm_inv *linger_slot(struct pm_mm *mm, uint64_t now)
 {
+    struct pm_inv *oldest = &mm->linger[0];
+
     for (int i = 0; i < PM_LINGER_MAX; i++) {
         if (!mm->linger[i].used)
             return &mm->linger[i];
+        if (mm->linger[i].earliest_ns < oldest->earliest_ns)
+            oldest = &mm->linger[i];
     }
-    return NULL;
+    if (now < oldest->earliest_ns)
+        return NULL;
+    pm_inv_close(mm, oldest);
+    oldest->used = false;
+    return oldest;
 }
 
 /*
- * No slot is free: stretch the youngest over this interval too, and fence again. The event is of the whole, for
- * what lies between is fenced with it.
+ * No slot is free: stretch the youngest over this interval too, and fence again. The event is of the whole,
+ * for what lies between is fenced with it.
  */
 static void linger_stretch(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t now)
 {
@@ -98,7 +111,7 @@ static void invalidate_lingering(struct pm_mm *mm, uint64_t start, uint64_t end)
         return;
     }
     now = pm_now_ns();
-    inv = linger_slot(mm);
+    inv = linger_slot(mm, now);
     if (!inv) {
         linger_stretch(mm, start, end, now);
         return;

@@ -201,7 +201,8 @@ uint64_t pm_sub_seq(const pm_sub *sub);
 int pm_invalidate_start(pm_mm *mm, uint64_t start, uint64_t end, int event, int guarantee, pm_inv **ret,
                         uint64_t *seq);
 int pm_invalidate_delivered(pm_inv *inv);
-/* Frees inv. Without pm_invalidate_delivered() before, a callback refused: entries that inv fenced are dropped. */
+/* Frees inv. Without pm_invalidate_delivered() before, a callback refused: entries that inv fenced are
+ * dropped. */
 int pm_invalidate_end(pm_inv *inv);
 
 /* Cookies of the subs of the given kinds (bit mask) that overlap [start, end), in address order; returns

@@ -341,7 +341,8 @@ void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t s
     }
 }
 
-static void drop_fenced(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last, uint64_t seq)
+static void drop_fenced(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last,
+                        uint64_t seq)
 {
     uint64_t fenced = PM_ENTRY_FENCED | (seq & PM_ENTRY_SEQ_MASK);
 

@@ -26,7 +26,7 @@ struct pm_table {
     atomic_int refs;
     atomic_uint_least64_t owner; /* pm_process() when it was bound */
     pthread_mutex_t grow;
-    struct pm_mm *mm; /* under `grow` */
+    struct pm_mm *mm;               /* under `grow` */
     _Atomic(struct pm_mm *) linked; /* whose list has it; changes under that mm's device lock */
     _Atomic(void *) top[PM_FANOUT];
     uint64_t entries, fenced; /* under the device lock */

@@ -150,8 +150,8 @@ static bool changed_in(struct pm_table *table, uint64_t addr, const uint64_t *se
 }
 
 /*
- * A run of one leaf, looked at once more: another thread may have faulted and programmed pages since pfns were
- * read, which is no change of the page table behind an entry. 0; -ESTALE; -EBUSY: pfns are what is outdated.
+ * A run of one leaf, looked at once more: another thread may have faulted and programmed pages since pfns
+ * were read, which is no change behind an entry. 0; -ESTALE; -EBUSY: pfns are what is outdated.
  */
 static int confirm(struct pm_mm *mm, uint64_t addr, uint64_t n, const uint64_t *pfns)
 {

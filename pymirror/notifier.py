@@ -155,8 +155,8 @@ class IntervalNotifier:
         not_in_callback("IntervalNotifier")
         self._check_interval()
         self._check_callbacks()
-        mm.notifiers.insert(self, start + length - 1)
         try:
+            mm.notifiers.insert(self, start + length - 1)
             if length < _WATCH_LIMIT:
                 mm.watch(start & ~0xFFF, (start + length + 0xFFF) & ~0xFFF)
             else:

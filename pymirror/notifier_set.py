@@ -98,12 +98,17 @@ class NotifierSet:
         self._intervals[cookie] = notifier
         notifier._cookie = cookie
         notifier._state = State.REGISTERED
-        ret = lib.pm_sub_insert(self._native, notifier.start, last, cookie, KIND_INTERVAL, native)
-        if ret < 0:
-            notifier._state = State.REMOVED
-            del self._intervals[cookie]
-            check(ret, "IntervalNotifier", addr=notifier.start)
-        notifier._native = native[0]
+        ret = 0
+        try:
+            ret = lib.pm_sub_insert(self._native, notifier.start, last, cookie, KIND_INTERVAL, native)
+        finally:
+            # Ctrl-C may strike as soon as the call returns: what is in the tree must be found again.
+            if native[0] != ffi.NULL:
+                notifier._native = native[0]
+            else:
+                notifier._state = State.REMOVED
+                del self._intervals[cookie]
+        check(ret, "IntervalNotifier", addr=notifier.start)
 
     def remove(
         self, notifier: MmuNotifier | IntervalNotifier, what: str, timeout: float = REMOVE_TIMEOUT

@@ -167,7 +167,8 @@ class RegionMap:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A collection inside it may run a finalizer that closes a Region.
+        self._lock = threading.RLock()
         self._starts: list[int] = []
         self._owned: dict[int, tuple[int, Region]] = {}
 
@@ -232,7 +233,7 @@ class RegionMap:
 
     def _overlapping(self, start: int, end: int) -> list[Piece]:
         first = max(bisect_right(self._starts, start) - 1, 0)
-        owned = ((at, *self._owned[at]) for at in self._starts[first : bisect_left(self._starts, end)])
+        owned = [(at, *self._owned[at]) for at in self._starts[first : bisect_left(self._starts, end)]]
         return [(max(at, start), min(stop, end), region) for at, stop, region in owned if stop > start]
 
     def _insert(self, start: int, end: int, region: Region) -> None:
