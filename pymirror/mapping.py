@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import mmap as _mmap
 import os
+from pathlib import Path
 from typing import Any
 
 from . import affected
@@ -105,11 +106,19 @@ def _hint(ret: int) -> str | None:
     return "open the file with the access that prot and shared ask for" if ret == -errno.EACCES else None
 
 
+def _surplus() -> int:
+    """Huge pages beyond the reserved ones that are in use already: they count against the limit."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("HugePages_Surp:"):
+            return int(line.split()[1])
+    return 0
+
+
 def _no_huge_pages(size: int) -> MirrorError:
     pages = size // HUGE_SIZE
     return MirrorError(
         errno.ENOMEM,
         f"mmap: no {pages} free hugetlb pages of 2 MiB",
-        hint=f"echo {pages} | sudo tee /proc/sys/vm/nr_overcommit_hugepages   # free memory;"
+        hint=f"echo {pages + _surplus()} | sudo tee /proc/sys/vm/nr_overcommit_hugepages   # free memory;"
         f" or reserve them: echo {pages} | sudo tee /proc/sys/vm/nr_hugepages",
     )

@@ -1,4 +1,4 @@
-"""A forked child that checks its memory: at the fork, and again when it is reaped, and then writes its own."""
+"""A forked child that checks its memory, at the fork and when it is reaped, and then writes its own."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Child:
-    """What the child must see is noted before the fork: private pages as they were, others as their files have them."""
+    """It must see private pages as they were at the fork, and others as their files have them."""
 
     def __init__(self, model: Model, mark: bytes) -> None:
-        """Fork. ``mark`` is what the child writes to the first page of each of its mappings that it may write."""
+        """Fork. ``mark`` is what the child writes to the first page of each mapping that it may write."""
         self.mark = mark
-        pages = [(addr, page) for addr, page in model.pages.items() if page.readable]
+        # A child has no claim to pages of the hugetlb pool: where that is empty it dies at a touch.
+        pages = [(a, page) for a, page in model.pages.items() if page.readable and page.huge != "hugetlb"]
         through = [(addr, page) for addr, page in pages if page.file is not None and page.own is None]
         self.shared = [(addr, page.file, page.index) for addr, page in through]
-        self._private = [(addr, page.allowed) for addr, page in pages if page.file is None or page.own is not None]
+        self._private = [
+            (addr, page.allowed) for addr, page in pages if page.file is None or page.own is not None
+        ]
         now = [(addr, page.allowed) for addr, page in pages]
         self.private_marks = _first_of_each([(a, p) for a, p in pages if p.writable and not p.shared])
         self.shared_marks = _first_of_each([(a, p) for a, p in pages if p.writable and p.shared])
@@ -49,7 +52,7 @@ class Child:
         return checksum
 
     def reap(self) -> list[tuple[int, int]]:
-        """Let it look and write, and wait for its end: (inode, index) of the shared pages that it has marked."""
+        """Let it look and write, and wait for its end: (inode, index) of the shared pages that it marked."""
         expected = self.checksum_of_shared()
         os.write(self._go, b"g")
         checksum = self._heard("at its end")
@@ -90,7 +93,7 @@ class Child:
             if os.read(go, 1):
                 checksum = 0
                 for addr, _, _ in self.shared:
-                    checksum = zlib.crc32(ctypes.string_at(addr, PAGE), checksum)
+                    checksum = zlib.crc32(_read(addr), checksum)
                 os.write(answer, _ANSWER.pack(_compare(self._private) or self._write(), checksum))
         finally:
             os._exit(0)
@@ -105,15 +108,17 @@ class Child:
 
 def _compare(pages: list[tuple[int, tuple[bytes, ...]]]) -> int:
     """The first page that holds none of what it may, 0 if there is none."""
-    return next((addr for addr, allowed in pages if ctypes.string_at(addr, PAGE) not in allowed), _OK)
+    return next((addr for addr, allowed in pages if _read(addr) not in allowed), _OK)
+
+
+def _read(addr: int) -> bytes:
+    return ctypes.string_at(addr, PAGE)
 
 
 def _first_of_each(pages: list[tuple[int, Page]]) -> list[tuple[int, Page]]:
-    first = {}
+    first: dict[int, tuple[int, Page]] = {}
     for addr, page in pages:
-        # A copy of a huge page needs another one from the pool.
-        if page.huge != "hugetlb":
-            first.setdefault(page.mapping, (addr, page))
+        first.setdefault(page.mapping, (addr, page))
     return list(first.values())
 
 

@@ -1,7 +1,7 @@
 """A model of an address space: of each page what it must hold, its protection, and what is mapped there.
 
-It knows the kernel's rules (what munmap, mprotect, madvise, mremap and fork do to a page) and nothing of pymirror.
-Contents are whole pages of bytes, shared where they are equal; all addresses are of pages but in read and write.
+It knows the kernel's rules (what munmap, mprotect, madvise, mremap and fork do to a page) and nothing of
+pymirror. Contents are whole pages of bytes, shared where they are equal.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ DONTNEED = mmap.MADV_DONTNEED
 FREE = mmap.MADV_FREE
 REMOVE = mmap.MADV_REMOVE
 COLD, PAGEOUT, POPULATE_READ, POPULATE_WRITE, COLLAPSE = 20, 21, 22, 23, 25
+GUARD_INSTALL, GUARD_REMOVE = 102, 103
 #: Advice that drops what pages hold.
 DROPS = (DONTNEED, FREE, REMOVE)
 
@@ -35,7 +36,7 @@ Interval = tuple[int, int]
 
 
 class File:
-    """A file behind mappings. ``fd`` is the model's own; ``pages`` are its contents, a hole reads as zeroes."""
+    """A file behind mappings. ``fd`` is the model's own; ``pages`` are its contents, holes left out."""
 
     def __init__(self, fd: int, *, disk: bool = False) -> None:
         self.fd = os.dup(fd)
@@ -65,9 +66,10 @@ class File:
 class Page:
     """What is mapped at one page.
 
-    ``own`` is the private copy, None where the file's bytes (zeroes without one) show through. ``lazy``: after
-    MADV_FREE it may turn to zeroes. ``exclusive``: written since the last fork, so that it is this process's alone.
-    ``watched``: foreign munmap, mremap and madvise of it must be told. ``mapping`` numbers the mmap() that it is of.
+    ``own`` is the private copy, None where the file's bytes (or zeroes) show through. ``lazy``: after a
+    MADV_FREE it may turn to zeroes. ``exclusive``: written since the last fork, and so this process's alone.
+    ``guard``: every access of it is a fault, whatever the protection. ``watched``: foreign munmap, mremap and
+    madvise of it must be told. ``mapping`` numbers the mmap() that it is of.
     """
 
     prot: int
@@ -81,6 +83,7 @@ class Page:
     lazy: bool = False
     exclusive: bool = False
     watched: bool = False
+    guard: bool = False
 
     @property
     def anonymous(self) -> bool:
@@ -88,11 +91,11 @@ class Page:
 
     @property
     def readable(self) -> bool:
-        return bool(self.prot & READ)
+        return bool(self.prot & READ) and not self.guard
 
     @property
     def writable(self) -> bool:
-        return self.prot & WRITE == WRITE
+        return self.prot & WRITE == WRITE and not self.guard
 
     @property
     def below(self) -> bytes:
@@ -165,13 +168,16 @@ class Model:
         """mremap() from old to [start, start + size): grown, cut or moved; ``leave`` is MREMAP_DONTUNMAP."""
         moved = [self.pages[addr] for addr in range(*old, PAGE)]
         if leave:
-            left = [replace(page, own=None, lazy=False, exclusive=False, watched=False) for page in moved]
+            left = [
+                replace(page, own=None, lazy=False, exclusive=False, watched=False, guard=False)
+                for page in moved
+            ]
         self.unmap(*old)
         self.unmap(start, start + size)
         first = moved[0]
         self._mappings += 1
         for i in range(size // PAGE):
-            grown = replace(first, index=first.index + i, own=None, lazy=False, exclusive=False)
+            grown = replace(first, index=first.index + i, own=None, lazy=False, exclusive=False, guard=False)
             page = moved[i] if i < len(moved) else grown
             page.owner, page.mapping = owner, self._mappings
             self.pages[start + i * PAGE] = page
@@ -187,7 +193,11 @@ class Model:
 
     def inside(self, start: int, end: int) -> list[tuple[int, Page]]:
         """The mapped pages of [start, end), in order."""
-        found = ((addr, self.pages.get(addr)) for addr in range(start, end, PAGE))
+        return self.among(range(start, end, PAGE))
+
+    def among(self, pages: Iterable[int]) -> list[tuple[int, Page]]:
+        """Those of these pages that are mapped."""
+        found = ((addr, self.pages.get(addr)) for addr in pages)
         return [(addr, page) for addr, page in found if page is not None]
 
     def hole(self, start: int, end: int) -> int | None:
@@ -219,7 +229,7 @@ class Model:
 
     def _allows(self, addr: int, prot: int) -> bool:
         page = self.pages.get(addr)
-        return page is not None and page.prot & prot == prot
+        return page is not None and not page.guard and page.prot & prot == prot
 
     def advised(self, start: int, end: int, advice: int) -> tuple[int, list[int]]:
         """The errno of madvise(), and the pages that it is applied to."""
@@ -253,11 +263,21 @@ def refuses(page: Page, advice: int) -> int:
         return errno.EINVAL
     if advice == REMOVE and not page.shared:
         return errno.EINVAL if page.anonymous and page.huge != "hugetlb" else errno.EACCES
-    if advice == POPULATE_READ and not page.readable:
+    if advice in (GUARD_INSTALL, GUARD_REMOVE) and page.huge == "hugetlb":
         return errno.EINVAL
-    if advice == POPULATE_WRITE and not page.writable:
-        return errno.EINVAL
+    if advice in (POPULATE_READ, POPULATE_WRITE):
+        needed = READ if advice == POPULATE_READ else WRITE
+        return errno.EINVAL if page.prot & needed != needed else errno.EFAULT if page.guard else 0
     return errno.EINVAL if advice in (PAGEOUT, COLD) and page.huge == "hugetlb" else 0
+
+
+def refuses_device(page: Page | None, write: bool) -> int:
+    """The errno with which a fault of the page by a device is refused, 0 if it is not."""
+    if page is None or not page.prot & READ:
+        return errno.EFAULT
+    if write and page.prot & WRITE != WRITE:
+        return errno.EPERM
+    return errno.EFAULT if page.guard else 0
 
 
 def pieces(addr: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:

@@ -1,6 +1,6 @@
-"""What device tables must hold, and two small drivers that keep a log of what they were told and what they mapped.
+"""What device tables must hold, and two small drivers that log what they mapped.
 
-The log has everything in the order in which it happened, so that the table can be foretold entry by entry. That
+The log has everything in the order in which it happened, so that tables can be foretold entry by entry. That
 order is exact while one thread works and waits for callbacks (mm.sync) before it goes on.
 """
 
@@ -61,7 +61,8 @@ def again(attempt: Callable[[], bool], progress: Callable[[], object]) -> None:
         except pm.MirrorError as refused:
             if refused.errno not in (errno.EBUSY, errno.EAGAIN):
                 raise
-            assert progress() != before, f"refused, and nothing was invalidated: {refused}"
+            if progress() == before:
+                raise AssertionError(f"refused, and nothing was invalidated: {refused}") from refused
     raise AssertionError(f"no success in {RETRIES} attempts")
 
 
@@ -72,16 +73,25 @@ class MirrorDriver(pm.Mirror):
         self.device = pm.Device("by mirror")
         self.device.set_fault_handler(self.serve)
         self.log = log
+        #: How it answers: "clear", "forget" to, or "refuse" where it may.
+        self.answer = "clear"
         super().__init__(mm)
 
-    def sync_cpu_device_pagetables(self, update: pm.MmuNotifierRange) -> None:
+    def sync_cpu_device_pagetables(self, update: pm.MmuNotifierRange) -> bool:
+        if self.answer == "refuse":
+            return update.blockable
         with self.lock:
-            self.device.page_table.clear(update.start, update.end)
+            if self.answer == "clear":
+                self.device.page_table.clear(update.start, update.end)
+        return True
 
     def serve(self, fault: pm.DeviceFault) -> None:
         with self.range(fault.addr, fault.end) as rng:
             rng.default_flags = FAULT_WRITE if fault.write else FAULT
-            again(lambda: self.try_map(rng), lambda: len(self.log))
+            self.again(lambda: self.try_map(rng))
+
+    def again(self, attempt: Callable[[], bool]) -> None:
+        again(attempt, lambda: len(self.log))
 
     def try_map(self, rng: pm.Range) -> bool:
         assert rng.wait_until_valid()
@@ -135,7 +145,10 @@ class IntervalDriver:
         if sub is None:
             sub = self.insert(max(PAGE, fault.addr - self.AROUND), fault.end + self.AROUND)
         flags = FAULT_WRITE if fault.write else FAULT
-        again(lambda: self._try_map(sub, fault.addr, fault.end, flags), lambda: len(self.log))
+        self.again(lambda: self._try_map(sub, fault.addr, fault.end, flags))
+
+    def again(self, attempt: Callable[[], bool]) -> None:
+        again(attempt, lambda: len(self.log))
 
     def look(self, sub: pm.IntervalNotifier, start: int, end: int, flags: int) -> tuple[int, PfnArray]:
         pfns = np.zeros((end - start) // PAGE, np.uint64)
@@ -252,7 +265,7 @@ class Pagemap:
 
 
 def same_frame(pfn: int, raw: int) -> bool:
-    """Whether a pagemap entry shows the page that a pfn or a table's entry names; 0 where frames are hidden."""
+    """Whether a pagemap entry shows the page that a pfn or an entry names, 0 where frames are hidden."""
     mine, its = pfn & ((1 << 52) - 1), raw & PFN
     return bool(raw & PRESENT) and (not mine or not its or mine == its)
 

@@ -1,4 +1,4 @@
-"""What races are made of: changes of memory by either hand, forks and threads that Python knows nothing of."""
+"""What races are made of: changes of memory by either hand, forks and threads that Python does not know."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 Change = Callable[[pm.AddressSpace, int], object]
 
 
-def map_fixed(mm: pm.AddressSpace, addr: int) -> None:
-    """Other memory in the place of a page, in one step."""
-    foreign.mmap(addr, PAGE, flags=MAP_FIXED)
+def replace(addr: int, size: int = PAGE) -> None:
+    """Unmap, and map other memory there in one step: no hole is left that another could take."""
+    foreign.mmap(addr, size, flags=MAP_FIXED)
 
 
 API: dict[str, Change] = {
@@ -45,7 +45,7 @@ API: dict[str, Change] = {
 FOREIGN: dict[str, Change] = {
     "foreign-munmap": lambda mm, addr: foreign.munmap(addr, PAGE),
     "foreign-dontneed": lambda mm, addr: foreign.madvise(addr, PAGE, mmap.MADV_DONTNEED),
-    "foreign-fixed": map_fixed,
+    "foreign-fixed": lambda mm, addr: replace(addr),
     "foreign-dontunmap": lambda mm, addr: foreign.mremap(addr, PAGE, PAGE, flags=5),
 }
 CHANGES = API | FOREIGN
@@ -59,7 +59,7 @@ def changes(table: dict[str, Change]) -> Any:
 
 
 class NativeThread:
-    """A thread that runs a function of libc and never needs the GIL: fork() for one, which Python calls with it."""
+    """A thread that runs a function of libc and never needs the GIL."""
 
     def __init__(self, function: Any, argument: int = 0) -> None:
         self._thread = ctypes.c_ulong()
@@ -84,7 +84,7 @@ class NativeThread:
 
 
 class NativeFork(NativeThread):
-    """libc's fork() without the GIL. The child has nothing to do, and ends."""
+    """libc's fork(), without the GIL that os.fork() holds. The child has nothing to do, and ends."""
 
     def __init__(self) -> None:
         super().__init__(LIBC.fork)
@@ -95,7 +95,7 @@ class NativeFork(NativeThread):
 
 
 def raw_clone(function: Any = None, argument: int = 0) -> int:
-    """A fork that libc does not see: the child runs a function of libc, _exit by default. It keeps descriptors."""
+    """A fork that libc does not see. The child keeps descriptors and runs a function of libc, or _exit."""
     stack = ctypes.create_string_buffer(STACK)
     top = (ctypes.addressof(stack) + STACK) & ~0xF
     start = ctypes.cast(function or LIBC._exit, ctypes.c_void_p)
@@ -107,7 +107,7 @@ def raw_clone(function: Any = None, argument: int = 0) -> int:
 @contextmanager
 def sleeping_clone() -> Iterator[int]:
     """The child of a raw clone, asleep with all that it inherited, for the length of the block."""
-    pid = raw_clone(LIBC.sleep, 600)
+    pid = raw_clone(LIBC.sleep, 60)
     try:
         yield pid
     finally:
@@ -203,7 +203,7 @@ def _is_in(frame: FrameType | None, function: str) -> bool:
 
 @contextmanager
 def ctrl_c_in(function: str) -> Iterator[None]:
-    """SIGINT for the main thread once it is inside the function of that name; the block must end by it, at once."""
+    """SIGINT for the main thread once it is in the function of that name. It must end the block at once."""
     main = threading.main_thread().ident
     assert main == threading.get_ident()
     struck: list[float] = []

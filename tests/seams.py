@@ -153,6 +153,9 @@ class Foreign:
     ) -> int:
         return self._call("mmap", addr, size, prot, flags, fd, offset)
 
+    def punch_hole(self, fd: int, offset: int, size: int) -> None:
+        self._call("fallocate", fd, 3, offset, size)  # with FALLOC_FL_KEEP_SIZE, as it must be
+
 
 foreign = Foreign()
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from seams import Background, errno_of, foreign
+from seams import Background, errno_of, foreign, needs
 
 import pymirror as pm
 from pymirror.event import WHOLE_MM_END
@@ -194,6 +194,7 @@ def test_ctrl_c_in_a_callback_ends_the_operation_before_its_change(mm: pm.Addres
 
 
 def test_ctrl_c_ends_sync(mm: pm.AddressSpace) -> None:
+    needs("uffd_events")
     region = mm.mmap(PAGE)
     go = threading.Event()
 
@@ -214,6 +215,7 @@ def test_ctrl_c_ends_sync(mm: pm.AddressSpace) -> None:
 
 
 def test_sync_takes_events_that_no_notifier_waits_for(mm: pm.AddressSpace) -> None:
+    needs("uffd_events")
     region = mm.mmap(PAGE)
     mm.watch(region.addr, region.addr + PAGE)
     foreign.munmap(region.addr, PAGE)

@@ -8,7 +8,7 @@ import mmap
 import numpy as np
 import pytest
 from oplog import PAGE, Log, pages, prots
-from seams import errno_of, inject
+from seams import errno_of, inject, needs
 
 import pymirror as pm
 from pymirror.event import WHOLE_MM_END
@@ -179,6 +179,7 @@ def test_a_failed_system_call_ends_the_invalidation_and_leaves_the_region(
 
 
 def test_new_memory_inside_a_notifier_is_watched(mm: pm.AddressSpace) -> None:
+    needs("uffd_events")
     unwatched = pages(mm, 4)
     assert mm.stats()["watched_bytes"] == 0
     sub = pm.IntervalNotifier(mm, 0, WHOLE_MM_END, lambda sub, range, seq: sub.set_seq(seq))

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from notifying import PAGE, Recorder
-from seams import foreign
 
 import pymirror as pm
 
@@ -27,17 +25,3 @@ def test_memory_that_is_mirrored_in_part_moves_as_a_whole(mm: pm.AddressSpace, h
         moved = mm.mremap(buf.addr, buf.size, buf.size, flags=flags, new_addr=hole.addr)
         assert moved.addr == hole.addr
         assert (np.frombuffer(moved, np.uint8) == 7).all()
-
-
-def test_shared_memory_that_is_mapped_once_more_has_not_moved(mm: pm.AddressSpace) -> None:
-    """The kernel tells of it as of a move of 0 bytes."""
-    log: list[Any] = []
-    Recorder(mm, log)
-    buf = mm.mmap(4 * PAGE, shared=True)
-    mm.watch(buf.addr, buf.addr + buf.size, files=True)
-    with pm.Mirror(mm) as mirror, mirror.range(buf.addr - PAGE, buf.addr + buf.size) as rng:
-        mm.mremap(buf.addr, 0, buf.size)
-        foreign.munmap(foreign.mremap(buf.addr, 0, buf.size), buf.size)
-        mm.sync()
-        assert rng.valid
-        assert [entry for entry in log if entry[3] == entry[4] or entry[3] == buf.addr] == []

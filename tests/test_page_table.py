@@ -307,3 +307,22 @@ class TestPageTable:
             bad = errno_of(driver.device.read, mm, buf.addr, 1)
             os._exit(0 if bad == errno.ESRCH else 1)
         assert os.waitpid(child, 0)[1] == 0
+
+    def test_a_refused_invalidation_leaves_nothing_stale(self, mm: pm.AddressSpace) -> None:
+        """Who may refuse and does has made no mistake: the access is an ordinary fault."""
+
+        class Refuses(FaultDriver):
+            def sync_cpu_device_pagetables(self, update: pm.MmuNotifierRange) -> Any:
+                return False if not update.blockable else super().sync_cpu_device_pagetables(update)
+
+        buf = filled(mm, 2)
+        with Refuses(mm) as driver:
+            assert driver.device.read(mm, buf.addr, 2 * PAGE) == bytes(buf)
+            with (
+                pytest.raises(pm.MirrorError, match="EAGAIN"),
+                mm.invalidate(buf.addr, buf.addr + PAGE, blockable=False),
+            ):
+                pytest.fail("the body ran")
+            assert driver.device.page_table.stats()["fenced"] == 0
+            assert driver.device.read(mm, buf.addr, 2 * PAGE) == bytes(buf)
+            assert (driver.device.stats.stale, driver.device.stats.missing) == (0, 2)

@@ -1,4 +1,4 @@
-"""An invalidation, by an operation or behind the library's back, at each step of a fault, a map, a device access."""
+"""An invalidation, by an operation or behind our back, at each step of a fault, a map, a device access."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class TestDeviceRead:
 
 
 class TestDeviceWrite:
-    """What is written is in the memory of before the change: it must not turn up in what is there after it."""
+    """What is written is in the memory of before the change, and does not turn up in what is there after."""
 
     @pytest.mark.parametrize("point", ACCESS_POINTS)
     @changes(API)
@@ -201,9 +201,7 @@ class TestDeviceWrite:
         assert faulting.device.stats.stale == 0
 
     @pytest.mark.parametrize("point", ACCESS_POINTS)
-    def test_a_foreign_zap_waits_for_it(
-        self, mm: pm.AddressSpace, faulting: FaultDriver, point: str
-    ) -> None:
+    def test_a_foreign_zap_waits_for_it(self, mm: pm.AddressSpace, faulting: FaultDriver, point: str) -> None:
         buf = filled(mm, 2)
         faulting.map(buf.addr, buf.addr + buf.size, WRITE)
         with points(point) as there:

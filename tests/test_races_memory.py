@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 from mirroring import PAGE, WRITE, Driver, FaultDriver, as_bytes, filled, whole
 from notifying import Recorder
-from racing import LIBC, MADV_REMOVE, MAP_FIXED_NOREPLACE, NativeFork, eventually
+from racing import MADV_REMOVE, MAP_FIXED_NOREPLACE, NativeFork, eventually
 from seams import WAIT_S, Background, errno_of, foreign, needs, points
 
 import pymirror as pm
-
-PUNCH_HOLE_KEEP_SIZE = 3
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +38,7 @@ def mirrored(mm: pm.AddressSpace, driver: FaultDriver, **how: Any) -> pm.Region:
 
 
 def punch(buf: pm.Region, page: int) -> None:
-    offset, length = ctypes.c_long(page * PAGE), ctypes.c_long(PAGE)
-    assert LIBC.fallocate(buf.fd, PUNCH_HOLE_KEEP_SIZE, offset, length) == 0
+    foreign.punch_hole(buf.fd, page * PAGE, PAGE)
 
 
 class TestHolePunch:
@@ -138,9 +135,7 @@ class TestMoves:
         assert ctypes.string_at(place, buf.size) == before
         foreign.munmap(place, buf.size)
 
-    def test_both_places_are_watched_after_dontunmap(
-        self, mm: pm.AddressSpace, driver: FaultDriver
-    ) -> None:
+    def test_both_places_are_watched_after_dontunmap(self, mm: pm.AddressSpace, driver: FaultDriver) -> None:
         buf = mirrored(mm, driver)
         place = foreign.mremap(buf.addr, buf.size, buf.size, flags=5)
         mm.sync()
@@ -173,10 +168,9 @@ class TestMoves:
             else:
                 remap.result()
             there.release()
-            try:
-                assert access.result() in (None, b"n" * PAGE)
-            except pm.MirrorError as refused:
-                assert refused.errno == errno.EFAULT
+            refusal = errno_of(access.result)
+            assert refusal in (0, errno.EFAULT)
+            assert refusal or access.result() in (None, b"n" * PAGE)
             remap.result()
         assert driver.device.read(mm, addr + PAGE, PAGE) == b"n" * PAGE
         assert ctypes.string_at(addr + PAGE, size - PAGE) == b"n" * (size - PAGE)
@@ -196,7 +190,7 @@ class TestMoves:
 
 
 class TestWindowOfARemove:
-    """Its system call goes on when the message is read, and for a while nobody knows whether the pages are gone."""
+    """Its system call goes on when the message is read, and for a while the pages may be there or gone."""
 
     @pytest.mark.parametrize("point", ["MONITOR_BEFORE_READ", "MONITOR_AFTER_READ", "MONITOR_AFTER_FENCE"])
     def test_nothing_is_programmed_while_the_monitor_has_the_lock(
@@ -269,6 +263,8 @@ class TestWindowOfARemove:
                 over.release()
                 for zap in zaps:
                     zap.result()
+            # The callbacks of all these would clear what is programmed before they run.
+            mm.sync()
             assert rng.wait_until_valid(timeout=WAIT_S)
             assert driver.device.page_table.map(rng, rng.fault())
             assert driver.device.read(mm, buf.addr, buf.size) == bytes(buf)
@@ -328,7 +324,11 @@ class TestWindowOfARemove:
 
     def test_and_inside_a_fork(self, mm: pm.AddressSpace) -> None:
         buf = filled(mm, 4)
-        with Driver(mm) as driver, whole(driver, buf) as rng, points("FORK_PREPARE", "REMOVE_LINGER") as (begun, over):
+        with (
+            Driver(mm) as driver,
+            whole(driver, buf) as rng,
+            points("FORK_PREPARE", "REMOVE_LINGER") as (begun, over),
+        ):
             fork = NativeFork()
             begun.wait()
             foreign.madvise(buf.addr, PAGE, mmap.MADV_DONTNEED)
@@ -340,7 +340,9 @@ class TestWindowOfARemove:
 
 
 class TestUnmappingFromTwoThreads:
-    @pytest.mark.parametrize(("first", "second"), [((0, 4), (0, 4)), ((0, 3), (1, 4)), ((0, 4), (1, 2)), ((1, 2), (0, 4))])
+    @pytest.mark.parametrize(
+        ("first", "second"), [((0, 4), (0, 4)), ((0, 3), (1, 4)), ((0, 4), (1, 2)), ((1, 2), (0, 4))]
+    )
     def test_the_same_and_overlapping_intervals(
         self, mm: pm.AddressSpace, driver: FaultDriver, first: tuple[int, int], second: tuple[int, int]
     ) -> None:
@@ -357,7 +359,9 @@ class TestUnmappingFromTwoThreads:
             two.result()
         recorder.unregister()
         left = set(range(4)) - set(range(*first)) - set(range(*second))
-        assert {(start - addr) // PAGE for start, end in buf.left for start in range(start, end, PAGE)} == left
+        assert {
+            (start - addr) // PAGE for start, end in buf.left for start in range(start, end, PAGE)
+        } == left
         assert table.stats()["entries"] == len(left)
         told = [entry[3:] for entry in recorder.log if entry[1] == "start"]
         intervals = [(addr + start * PAGE, addr + end * PAGE) for start, end in (first, second)]
@@ -403,7 +407,7 @@ class TestUnmappingFromTwoThreads:
 
 
 def test_a_driver_against_a_thread_that_moves_its_memory(mm: pm.AddressSpace, driver: FaultDriver) -> None:
-    """Not an order of points but all of them: the page that is away reads as zeroes, never as another's bytes."""
+    """Not an order of points but all of them: a page that is away reads as zeroes, not as another's bytes."""
     buf = filled(mm, 8)
     view = np.frombuffer(as_bytes(buf), np.uint8).reshape(8, PAGE)
     view[:] = np.arange(1, 9, dtype=np.uint8)[:, None]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from seams import errno_of, foreign
+from seams import errno_of, foreign, needs
 
 import pymirror as pm
 from pymirror._shim import ffi
@@ -168,6 +168,7 @@ def test_a_moved_region_keeps_its_kind_and_a_descriptor(mm: pm.AddressSpace) -> 
 
 
 def test_what_is_unmapped_behind_our_back_is_not_unmapped_again() -> None:
+    needs("uffd_events")
     mm = pm.AddressSpace()
     region = mm.mmap(4 * PAGE)
     mm.watch(region.addr, region.addr + region.size)
@@ -183,6 +184,7 @@ def test_what_is_unmapped_behind_our_back_is_not_unmapped_again() -> None:
 
 
 def test_close_itself_learns_of_a_foreign_munmap() -> None:
+    needs("uffd_events")
     mm = pm.AddressSpace()
     region = mm.mmap(PAGE)
     addr = region.addr

@@ -111,6 +111,6 @@ def _print_steps(result: Result, every_step: bool) -> None:
             print(f"        {'got' if differs else 'equal':8} {json.dumps(outcome)}")
         if differs:
             print(f"        {'recorded':8} {json.dumps(scenario.expect[index])}")
-            for line in describe(result.raw[index]):
+            for line in describe(result.raw.get(index, [])):
                 print(f"        {'raw':8} {line}")
     print()

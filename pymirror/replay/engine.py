@@ -86,6 +86,10 @@ def play(scenario: Scenario) -> Result:
             fields = differing_fields(expected, outcome)
             if fields:
                 result.differing[index] = fields
+            if fields and not stage.mapped:
+                # Later steps would touch memory that is not there.
+                break
+            if fields:
                 result.raw[index] = stage.raw_pages(step)
     return result
 

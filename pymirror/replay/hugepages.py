@@ -18,11 +18,14 @@ def overcommit(pages: int = _ENOUGH) -> Iterator[str | None]:
     the administrator reserved them.
     """
     before = int(_OVERCOMMIT.read_text())
-    if before >= pages or _free() >= pages:
+    pool = _pool()
+    # Reserved pages are spoken for, and surplus ones count against the limit, whoever has them.
+    unreserved = max(0, pool["Free"] - pool["Rsvd"])
+    if unreserved + max(0, before - pool["Surp"]) >= pages:
         yield None
         return
     try:
-        _OVERCOMMIT.write_text(str(pages))
+        _OVERCOMMIT.write_text(str(pool["Surp"] + pages))
     except PermissionError:
         yield f"no {pages} huge pages, and setting {_OVERCOMMIT} needs root"
         return
@@ -32,8 +35,11 @@ def overcommit(pages: int = _ENOUGH) -> Iterator[str | None]:
         _OVERCOMMIT.write_text(str(before))
 
 
-def _free() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("HugePages_Free:"):
-            return int(line.split()[1])
-    return 0
+def _pool() -> dict[str, int]:
+    """Free, Rsvd, Surp and Total of the pool of 2 MiB pages."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return {
+        name.removeprefix("HugePages_"): int(rest.split()[0])
+        for name, _, rest in (line.partition(":") for line in lines)
+        if name.startswith("HugePages_")
+    }

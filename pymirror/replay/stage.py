@@ -82,6 +82,11 @@ class Stage:
         for fd in self._fds:
             os.close(fd)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the scenario's mapping could be made."""
+        return bool(self._regions)
+
     def play(self, step: Step) -> dict[str, Any]:
         """Do one step and give its outcome as a recording writes it."""
         return self._steps[step["op"]](step)

@@ -1,0 +1,222 @@
+"""Every public method and function, called once: what it gives where it may not be called.
+
+An outcome is the errno of the refusal, or OK. A new public method has to be entered here (test_wrong_use.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mirroring import FAULT, PAGE, FaultDriver, filled
+from notifying import interval
+
+import pymirror as pm
+
+OK = 0
+DEADLK, SRCH, FAULT_ERRNO, INVAL = errno.EDEADLK, errno.ESRCH, errno.EFAULT, errno.EINVAL
+
+
+COUNTED = (
+    "active",
+    "inflight",
+    "interval_notifiers",
+    "invalidate_seq",
+    "mmu_notifiers",
+    "queue_depth",
+    "regions",
+    "subs",
+    "watched_bytes",
+)
+
+
+class World:
+    """One of everything, with memory that is mirrored and programmed."""
+
+    def __init__(self, mm: pm.AddressSpace) -> None:
+        self.mm = mm
+        self.buf = filled(mm, 4)
+        self.content = bytes(self.buf)
+        self.start, self.end = self.buf.addr, self.buf.addr + self.buf.size
+        self.driver = FaultDriver(mm)
+        self.driver.clears = False
+        self.lock = self.driver.lock
+        self.device = self.driver.device
+        self.table = self.device.page_table
+        self.sub = interval(mm, self.start, 4)
+        self.whole = pm.MmuNotifier(mm)
+        self.unregistered = self.driver.range(self.start, self.end)
+        self.rng = self.driver.range(self.start, self.end)
+        self.rng.default_flags = FAULT
+        self.rng.register()
+        self.seq = self.rng.fault()
+        self.sub_seq = self.sub.read_begin()
+        assert self.table.map(self.rng, self.seq)
+
+    def state(self) -> dict[str, Any]:
+        """All that a refused call must leave alone."""
+        stats = self.mm.stats()
+        vmas = (self.mm.vma_lookup(addr) for addr in range(self.start, self.end, PAGE))
+        return {
+            # Not where they begin and end: what is beside them is others' memory.
+            "protection": [vma and (vma.prot, vma.shared, vma.file) for vma in vmas],
+            "content": bytes(self.buf),
+            "left": self.buf.left,
+            "pfns": self.rng.pfns.tolist(),
+            "entries": self.table.entries(self.start, self.end).tolist(),
+            "table": self.table.stats(),
+            "registered": (self.rng.registered, self.driver.registered, self.whole.registered),
+            "errors": len(self.mm.errors),
+            "closed": self.mm.closed,
+            **{name: stats[name] for name in COUNTED},
+        }
+
+    def end_of_it(self) -> None:
+        self.rng.unregister()
+        self.sub.remove()
+        self.whole.unregister()
+        self.driver.unregister()
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    with pm.AddressSpace() as mm:
+        made = World(mm)
+        yield made
+        if not mm.closed:
+            made.end_of_it()
+
+
+@dataclass(frozen=True)
+class Call:
+    """``run`` makes it. Outcomes: in a callback, under a driver lock, after close(), in a forked child."""
+
+    name: str
+    run: Callable[[World], object]
+    callback: int = OK
+    locked: int = OK
+    closed: int = OK
+    child: int = OK
+
+
+def _enter(manager: Any) -> None:
+    with manager:
+        pass
+
+
+def _changes(name: str, run: Callable[[World], object]) -> Call:
+    """It runs callbacks, or waits for them."""
+    return Call(name, run, DEADLK, DEADLK, SRCH, SRCH)
+
+
+def _looks(name: str, run: Callable[[World], object]) -> Call:
+    return Call(name, run)
+
+
+def _pfns() -> Any:
+    return np.zeros(4, np.uint64)
+
+
+CALLS = [
+    _changes("AddressSpace.mmap", lambda w: w.mm.mmap(PAGE)),
+    _changes("AddressSpace.munmap", lambda w: w.mm.munmap(w.start, PAGE)),
+    _changes("AddressSpace.mprotect", lambda w: w.mm.mprotect(w.start, PAGE, mmap.PROT_READ)),
+    _changes("AddressSpace.madvise", lambda w: w.mm.madvise(w.start, PAGE, mmap.MADV_DONTNEED)),
+    _changes("AddressSpace.mremap", lambda w: w.mm.mremap(w.start, PAGE, PAGE, flags=5)),
+    _changes("AddressSpace.invalidate", lambda w: _enter(w.mm.invalidate(w.start, w.end))),
+    _changes("AddressSpace.read_lock", lambda w: _enter(w.mm.read_lock())),
+    _changes("AddressSpace.sync", lambda w: w.mm.sync()),
+    Call("AddressSpace.close", lambda w: w.mm.close(), DEADLK, DEADLK),
+    Call("AddressSpace.vmas", lambda w: list(w.mm.vmas()), DEADLK, OK, SRCH, SRCH),
+    Call("AddressSpace.find_vma", lambda w: w.mm.find_vma(w.start), DEADLK, OK, SRCH, SRCH),
+    Call("AddressSpace.vma_lookup", lambda w: w.mm.vma_lookup(w.start), DEADLK, OK, SRCH, SRCH),
+    Call("AddressSpace.watch", lambda w: w.mm.watch(w.start, w.end), DEADLK, OK, SRCH, SRCH),
+    Call("AddressSpace.stats", lambda w: w.mm.stats(), OK, OK, OK, SRCH),
+    _looks("AddressSpace.dump", lambda w: w.mm.dump()),
+    _looks("AddressSpace.closed", lambda w: w.mm.closed),
+    Call("MmuNotifier.__init__", lambda w: pm.MmuNotifier(w.mm), DEADLK, OK, SRCH, SRCH),
+    Call("MmuNotifier.unregister", lambda w: w.whole.unregister(), DEADLK, DEADLK),
+    _looks("MmuNotifier.registered", lambda w: w.whole.registered),
+    _looks("MmuNotifier.invalidate_range_start", lambda w: None),
+    _looks("MmuNotifier.invalidate_range_end", lambda w: None),
+    _looks("MmuNotifier.release", lambda w: None),
+    Call("IntervalNotifier.__init__", lambda w: interval(w.mm, w.start), DEADLK, OK, SRCH, SRCH),
+    Call("IntervalNotifier.read_begin", lambda w: w.sub.read_begin(), DEADLK, DEADLK, SRCH, SRCH),
+    _looks("IntervalNotifier.read_retry", lambda w: w.sub.read_retry(w.sub_seq)),
+    _looks("IntervalNotifier.check_retry", lambda w: w.sub.check_retry(w.sub_seq)),
+    Call("IntervalNotifier.set_seq", lambda w: w.sub.set_seq(2), INVAL, INVAL, INVAL, INVAL),
+    Call("IntervalNotifier.remove", lambda w: w.sub.remove(), DEADLK, DEADLK),
+    *(
+        _looks(f"IntervalNotifier.{name}", lambda w, name=name: getattr(w.sub, name))  # type: ignore[misc]
+        for name in ("last", "length", "mm", "native", "start", "two_pass", "watched")
+    ),
+    _looks("IntervalNotifier.invalidate", lambda w: None),
+    _looks("IntervalNotifier.invalidate_start", lambda w: None),
+    _looks("IntervalNotifier.invalidate_finish", lambda w: None),
+    Call("Mirror.__init__", lambda w: pm.Mirror(w.mm), DEADLK, OK, FAULT_ERRNO, SRCH),
+    Call("Mirror.range", lambda w: w.driver.range(w.start, w.end), DEADLK),
+    Call("Mirror.unregister", lambda w: w.driver.unregister(), DEADLK, DEADLK),
+    _looks("Mirror.mm_is_alive", lambda w: w.driver.mm_is_alive()),
+    _looks("Mirror.hmm", lambda w: w.driver.hmm),
+    _looks("Mirror.registered", lambda w: w.driver.registered),
+    _looks("Mirror.sync_cpu_device_pagetables", lambda w: None),
+    _looks("Mirror.invalidate_range_start", lambda w: None),
+    _looks("Mirror.invalidate_range_end", lambda w: None),
+    _looks("Mirror.release", lambda w: None),
+    Call("Hmm.get", lambda w: pm.Hmm.get(w.mm), OK, OK, FAULT_ERRNO, SRCH),
+    Call("Hmm.check_alive", lambda w: w.driver.hmm.check_alive("test"), OK, OK, FAULT_ERRNO, SRCH),
+    _looks("Hmm.dead", lambda w: w.driver.hmm.dead),
+    _looks("Hmm.mm", lambda w: w.driver.hmm.mm),
+    Call("Range.register", lambda w: w.unregistered.register(), DEADLK, OK, FAULT_ERRNO, SRCH),
+    Call("Range.unregister", lambda w: w.rng.unregister(), DEADLK),
+    Call("Range.wait_until_valid", lambda w: w.rng.wait_until_valid(), DEADLK, DEADLK, OK, SRCH),
+    Call("Range.fault", lambda w: w.rng.fault(), DEADLK, DEADLK, FAULT_ERRNO, SRCH),
+    Call("Range.snapshot", lambda w: w.rng.snapshot(), DEADLK, DEADLK, FAULT_ERRNO, SRCH),
+    _looks("Range.read_retry", lambda w: w.rng.read_retry(w.seq)),
+    *(
+        _looks(f"Range.{name}", lambda w, name=name: getattr(w.rng, name))  # type: ignore[misc]
+        for name in ("default_flags", "encoding", "end", "mirror", "mm", "npages", "page_shift", "pfns")
+    ),
+    *(
+        _looks(f"Range.{name}", lambda w, name=name: getattr(w.rng, name))  # type: ignore[misc]
+        for name in ("pfn_flags_mask", "registered", "seq", "start", "sub", "valid")
+    ),
+    _changes("hmm_range_fault", lambda w: pm.hmm_range_fault(w.sub, w.start, w.end, _pfns(), seq=w.sub_seq)),
+    Call("hmm_range_snapshot", lambda w: pm.hmm_range_snapshot(w.rng), DEADLK, DEADLK, FAULT_ERRNO, SRCH),
+    Call("PageTable.map", lambda w: w.table.map(w.rng, w.seq), DEADLK),
+    Call("PageTable.verify", lambda w: w.table.verify(w.start, w.end), DEADLK, OK, SRCH),
+    _looks("PageTable.clear", lambda w: w.table.clear(w.end, w.end + PAGE)),
+    _looks("PageTable.entries", lambda w: w.table.entries(w.start, w.end)),
+    _looks("PageTable.next", lambda w: w.table.next(w.start, w.end)),
+    _looks("PageTable.stats", lambda w: w.table.stats()),
+    _looks("PageTable.who_mapped", lambda w: w.table.who_mapped(w.start)),
+    _looks("PageTable.mm", lambda w: w.table.mm),
+    _looks("PageTable.native", lambda w: w.table.native),
+    _looks("PageTable.check_mm", lambda w: w.table.check_mm(w.mm, "test")),
+    _looks("PageTable.access", lambda w: None),
+    _changes("Device.read", lambda w: w.device.read(w.mm, w.start, 8)),
+    _changes("Device.read_into", lambda w: w.device.read_into(w.mm, w.start, bytearray(8))),
+    _changes("Device.write", lambda w: w.device.write(w.mm, w.start, w.content[:8])),
+    _looks("Device.set_fault_handler", lambda w: w.device.set_fault_handler(w.driver.handle)),
+    Call("Region.close", lambda w: w.buf.close(), DEADLK, DEADLK),
+    _looks("Region.closed", lambda w: w.buf.closed),
+    _looks("Region.fd", lambda w: w.buf.fd),
+    _looks("Region.left", lambda w: w.buf.left),
+    _looks("Region.__getitem__", lambda w: w.buf[0]),
+    _looks("Region.__len__", lambda w: len(w.buf)),
+    Call("DriverLock.acquire", lambda w: _enter(w.lock), OK, DEADLK),
+    _looks("DriverLock.release", lambda w: None),
+    _looks("DriverLock.held", lambda w: w.lock.held),
+    _looks("DriverLock.owner", lambda w: w.lock.owner),
+]
+
+# What ends something comes last, so that the others find it there.
+CALLS.sort(key=lambda call: call.name.partition(".")[2] in ("unregister", "remove", "close"))
+
+#: Made by the library and given to callbacks: values.
+VALUES = {"DeviceFault", "MmuNotifierRange", "Vma", "CallbackError", "Features"}
