@@ -195,7 +195,7 @@ def test_huge_pages_that_may_not_be_had_leave_a_scenario_out(
             raise PermissionError(text)
 
     monkeypatch.setattr(hugepages, "_OVERCOMMIT", Refusing())
-    monkeypatch.setattr(hugepages, "_free", lambda: 0)
+    monkeypatch.setattr(hugepages, "_pool", lambda: dict.fromkeys(("Free", "Rsvd", "Surp"), 0))
     huge = Scenario("h", [{"op": "mmap", "kind": "hugetlb", "pages": 512, "prot": "rw"}], [{"errno": 0}])
     counts = play_all([huge, scenario()]).json()
     assert (counts["equal"], counts["unsupported"], counts["different"]) == (1, 1, [])
