@@ -87,8 +87,10 @@ def _map_aligned(native: Any, size: int, prot: int, flags: int, fd: int, offset:
         lib.pm_munmap(native, reserved, room)
         check(ret, f"mmap of {size} bytes", hint=_hint(ret))
     for start, end in ((reserved, addr), (addr + size, reserved + room)):
-        if start < end:
-            lib.pm_munmap(native, start, end - start)
+        ret = lib.pm_munmap(native, start, end - start) if start < end else 0
+        if ret < 0:
+            lib.pm_munmap(native, reserved, room)
+            check(ret, f"mmap of {size} bytes", hint=_hint(ret))
     return addr
 
 

@@ -25,6 +25,7 @@ from .event import Event
 from .mapping import backing, check_mmap, map_memory
 from .mm_base import MmBase
 from .region import Piece, Region, make_region
+from .vma import find_vma
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -148,8 +149,8 @@ class MemoryOperations(MmBase):
 
     def _mremap(self, old: Interval, new_size: int, flags: int, target: int) -> Region:
         start, end = old
-        vma = self._vma_for_error(start)
-        if vma is None:
+        vma = find_vma(self.native, start)
+        if vma is None or start not in vma:
             raise error(errno.EFAULT, "mremap", addr=start, mm=self)
         if vma.hugetlb:
             affected.check_huge_cuts(self, "mremap", start, end)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 from machine import DATA, NUMBERS, PICKS, Pick, Steps
 from model import PAGE, PRESENT, READ, pieces, refuses_device
+from model_checks import Pending
 from model_device import FAULT, FAULT_WRITE, again, same_frame
-from model_world import Pending
 from seams import errno_of
 
 import pymirror as pm

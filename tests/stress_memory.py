@@ -26,14 +26,14 @@ MARK = b"the child's own"
 
 @dataclass(eq=False)
 class Chunk:
-    """``bytes`` is what it holds, ``below`` what it holds again once it is dropped (None: what it holds)."""
+    """``data`` is what it holds, ``below`` what it holds again once it is dropped (None: what it holds)."""
 
     kind: str
     addr: int
     size: int
     fd: int
     offset: int
-    bytes: bytearray
+    data: bytearray
     below: bytes | None
     prot: int = WRITE
 
@@ -49,19 +49,19 @@ class Chunk:
         return f"<{self.kind} [{self.addr:#x}, {self.end:#x}) prot {self.prot}>"
 
     def wrote(self, offset: int, data: bytes) -> None:
-        self.bytes[offset : offset + len(data)] = data
+        self.data[offset : offset + len(data)] = data
 
     def dropped(self, offset: int, size: int) -> None:
         if self.below is not None:
-            self.bytes[offset : offset + size] = self.below[offset : offset + size]
+            self.data[offset : offset + size] = self.below[offset : offset + size]
 
     def compare(self, found: bytes, who: str) -> None:
-        if found == self.bytes:
+        if found == self.data:
             return
-        first = next(i for i in range(self.size) if found[i] != self.bytes[i])
+        first = next(i for i in range(self.size) if found[i] != self.data[i])
         raise AssertionError(
             f"{who} reads at {self.addr + first:#x} of {self} {found[first : first + 8].hex()},"
-            f" must be {self.bytes[first : first + 8].hex()}"
+            f" must be {self.data[first : first + 8].hex()}"
         )
 
 
@@ -89,8 +89,8 @@ class Memory:
                 kind, first.addr + offset, each, fd, offset if fd >= 0 else 0, bytearray(each), bytes(each)
             )
             if fd >= 0:
-                chunk.bytes[:] = os.pread(fd, each, offset)
-                chunk.below = None if chunk.shared else bytes(chunk.bytes)
+                chunk.data[:] = os.pread(fd, each, offset)
+                chunk.below = None if chunk.shared else bytes(chunk.data)
             self.chunks.append(chunk)
 
     def map(self, chunk: Chunk, *, api: bool, at: int = 0) -> None:
@@ -138,7 +138,7 @@ def suppress_no_hugetlb(kind: str) -> Iterator[None]:
 @contextmanager
 def child_of(chunks: list[Chunk]) -> Iterator[None]:
     """A forked child; at the end of the block it compares the chunks with what they held at the fork."""
-    before = [(chunk.addr, bytes(chunk.bytes), chunk.prot == WRITE) for chunk in chunks]
+    before = [(chunk.addr, bytes(chunk.data), chunk.prot == WRITE) for chunk in chunks]
     go, tell = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,7 +144,8 @@ class TestMoves:
         for addr in (buf.addr, place):
             driver.map(addr, addr + PAGE)
             foreign.munmap(addr, PAGE)
-            assert driver.device.page_table.stats()["fenced"] == driver.device.page_table.stats()["entries"]
+            stats = driver.device.page_table.stats()
+            assert stats["fenced"] == stats["entries"]
             mm.sync()
             assert driver.device.page_table.stats()["entries"] == 0
         foreign.munmap(place + PAGE, buf.size - PAGE)
@@ -271,20 +273,19 @@ class TestWindowOfARemove:
         assert mm.stats()["active"] == 0
 
     def test_one_of_terabytes_holds_nobody_up(self, mm: pm.AddressSpace) -> None:
+        """To look at a billion pages takes seconds."""
         size, noreserve = 1 << 40, 0x4022
         huge = foreign.mmap(0, size, flags=noreserve)
         ctypes.memset(huge + size - PAGE, 1, PAGE)
-        mm.watch(huge, huge + size)
         buf = filled(mm, 1)
-        with Driver(mm) as driver, whole(driver, buf) as rng, points("REMOVE_LINGER") as over:
-            foreign.madvise(huge, size, mmap.MADV_DONTNEED)
-            over.wait()
-            # It has come here by its deadline, not by looking at a billion pages.
-            began = mm.stats()["invalidate_seq"]
-            over.release()
+        for start, end in ((huge, huge + size), (buf.addr, buf.addr + PAGE)):
+            mm.watch(start, end)
+        foreign.madvise(huge, size, mmap.MADV_DONTNEED)
+        for _ in range(30):
+            began = time.monotonic()
             foreign.madvise(buf.addr, PAGE, mmap.MADV_DONTNEED)
-            assert mm.stats()["invalidate_seq"] > began
-            assert rng.wait_until_valid(timeout=0.5)
+            assert time.monotonic() - began < 1
+            time.sleep(0.001)
         foreign.munmap(huge, size)
 
     def test_another_threads_zap_inside_an_operation_lingers_too(self, mm: pm.AddressSpace) -> None:

@@ -8,21 +8,19 @@ the seed, when it does it does not.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import random
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from model import DONTNEED, FREE, NONE, PAGE, POPULATE_READ, POPULATE_WRITE, READ, REMOVE, WRITE
-from model_device import FAULT, FAULT_WRITE, IntervalDriver, MirrorDriver, Recorder
-from seams import errno_of, foreign
-from stress_memory import Chunk, Memory, child_of
+from model import READ
+from model_checks import quiet
+from model_device import Log, Recorder
+from stress_memory import Memory
+from stress_workers import PATIENCE_S, Onlooker, Owner, SharedDriver
 
 import pymirror as pm
 from pymirror.replay.hugepages import overcommit
@@ -30,321 +28,17 @@ from pymirror.replay.hugepages import overcommit
 STRESS = int(os.environ.get("PYMIRROR_STRESS", "1"))
 SEED = os.environ.get("PYMIRROR_SEED")
 OWNERS = 4
-OPERATIONS = 1000
-PATIENCE_S = 30.0
-MOVE = pm.MREMAP_MAYMOVE | pm.MREMAP_FIXED
-
-
-class Patient:
-    """Drivers here retry for as long as others may hold them up."""
-
-    def again(self, attempt: Callable[[], bool]) -> None:
-        until = time.monotonic() + PATIENCE_S
-        while time.monotonic() < until:
-            try:
-                if attempt():
-                    return
-            except pm.MirrorError as refused:
-                if refused.errno not in (errno.EBUSY, errno.EAGAIN):
-                    raise
-        raise AssertionError(f"no success in {PATIENCE_S} s")
-
-
-class SharedDriver(Patient, MirrorDriver):
-    """One table for all threads."""
-
-
-class OwnDriver(Patient, IntervalDriver):
-    """A table and interval notifiers of one thread; the intervals reach into others' chunks."""
-
-
-class Worker(threading.Thread):
-    """A thread that does a number of operations, and keeps what made it fail."""
-
-    def __init__(self, stress: Stress, name: str) -> None:
-        super().__init__(name=f"{name} of seed {stress.seed}", daemon=True)
-        self.stress = stress
-        self.mm = stress.mm
-        self.rng = random.Random(f"{stress.seed} {name}")
-        self.tally: Counter[str] = Counter()
-        self.doing = ""
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.work()
-        except BaseException as error:
-            error.add_note(f"{self.name}, operation {self.tally.total()}: {self.doing}")
-            self.error = error
-            self.stress.stop = True
-
-    def work(self) -> None:
-        raise NotImplementedError
-
-
-class Owner(Worker):
-    """Changes its own chunks, by the API or behind the library's back, and compares them each time."""
-
-    def __init__(self, stress: Stress, name: str, chunks: list[Chunk]) -> None:
-        super().__init__(stress, name)
-        self.chunks = chunks
-        self.own = OwnDriver(self.mm, stress.log)
-
-    def work(self) -> None:
-        names = [name for name in OPERATIONS_BY_NAME for _ in range(OPERATIONS_BY_NAME[name][0])]
-        for _ in range(OPERATIONS):
-            if self.stress.stop:
-                return
-            chunk, name = self.rng.choice(self.chunks), self.rng.choice(names)
-            self.doing = f"{name} of {chunk}"
-            OPERATIONS_BY_NAME[name][1](self, chunk)
-            self.tally[name] += 1
-            self.compare(chunk)
-
-    def driver(self) -> SharedDriver | OwnDriver:
-        return self.rng.choice((self.stress.mirror, self.own))
-
-    def api(self) -> bool:
-        return self.rng.random() < 0.5
-
-    def data(self, size: int) -> bytes:
-        return self.rng.randbytes(size)
-
-    def place(self, chunk: Chunk) -> tuple[int, int]:
-        """An offset and a size inside the chunk."""
-        offset = self.rng.randrange(chunk.size)
-        return offset, min(self.rng.choice((1, 64, PAGE, 3 * PAGE)), chunk.size - offset)
-
-    def pages(self, chunk: Chunk) -> tuple[int, int]:
-        """An offset and a size in whole pages; all of it where pages are huge."""
-        if chunk.kind == "hugetlb":
-            return 0, chunk.size
-        first = self.rng.randrange(chunk.size // PAGE)
-        return first * PAGE, self.rng.randint(1, chunk.size // PAGE - first) * PAGE
-
-    def compare(self, chunk: Chunk) -> None:
-        """The CPU and a device read what was last written."""
-        if not chunk.prot & READ:
-            return
-        chunk.compare(ctypes.string_at(chunk.addr, chunk.size), "the CPU")
-        if self.rng.random() < 0.5:
-            driver = self.driver()
-            chunk.compare(driver.device.read(self.mm, chunk.addr, chunk.size), driver.device.name)
-
-    def watch(self, chunk: Chunk) -> None:
-        """Without that a Region does not learn that its memory was taken away."""
-        self.mm.watch(chunk.addr, chunk.end, files=True)
-
-
-def cpu_write(owner: Owner, chunk: Chunk) -> None:
-    if chunk.prot != WRITE:
-        protect(owner, chunk, WRITE)
-    offset, size = owner.place(chunk)
-    data = owner.data(size)
-    ctypes.memmove(chunk.addr + offset, data, size)
-    chunk.wrote(offset, data)
-
-
-def device_write(owner: Owner, chunk: Chunk) -> None:
-    """It is done where the CPU may write, and refused elsewhere."""
-    offset, size = owner.place(chunk)
-    data = owner.data(size)
-    code = errno_of(owner.driver().device.write, owner.mm, chunk.addr + offset, data)
-    assert code == {WRITE: 0, READ: errno.EPERM, NONE: errno.EFAULT}[chunk.prot]
-    if not code:
-        chunk.wrote(offset, data)
-
-
-def device_read(owner: Owner, chunk: Chunk) -> None:
-    offset, size = owner.place(chunk)
-    device = owner.driver().device
-    if chunk.prot & READ:
-        expected = chunk.bytes[offset : offset + size]
-        assert device.read(owner.mm, chunk.addr + offset, size) == expected, f"{device} reads something else"
-        return
-    assert errno_of(device.read, owner.mm, chunk.addr + offset, size) == errno.EFAULT
-
-
-def protect(owner: Owner, chunk: Chunk, prot: int | None = None) -> None:
-    chosen = owner.rng.choice((WRITE, WRITE, READ, NONE)) if prot is None else prot
-    (owner.mm if owner.api() else foreign).mprotect(chunk.addr, chunk.size, chosen)
-    chunk.prot = chosen
-
-
-def drop(owner: Owner, chunk: Chunk) -> None:
-    # What gives a page of the pool back may not get another.
-    if chunk.kind == "hugetlb":
-        return
-    offset, size = owner.pages(chunk)
-    (owner.mm if owner.api() else foreign).madvise(chunk.addr + offset, size, DONTNEED)
-    chunk.dropped(offset, size)
-
-
-def free(owner: Owner, chunk: Chunk) -> None:
-    """Until it is written again its contents are the kernel's to choose."""
-    if chunk.kind not in ("anonymous", "thp", "raw"):
-        return
-    if chunk.prot != WRITE:
-        protect(owner, chunk, WRITE)
-    (owner.mm if owner.api() else foreign).madvise(chunk.addr, chunk.size, FREE)
-    data = owner.data(chunk.size)
-    if owner.api():
-        owner.driver().device.write(owner.mm, chunk.addr, data)
-    else:
-        ctypes.memmove(chunk.addr, data, chunk.size)
-    chunk.wrote(0, data)
-
-
-def punch(owner: Owner, chunk: Chunk) -> None:
-    """The pages go from the file, and so from each mapping of it."""
-    if not chunk.shared:
-        return
-    offset, size = owner.pages(chunk)
-    if owner.api():
-        (owner.mm if owner.api() else foreign).madvise(chunk.addr + offset, size, REMOVE)
-    else:
-        foreign.punch_hole(chunk.fd, chunk.offset + offset, size)
-    chunk.wrote(offset, bytes(size))
-
-
-def populate(owner: Owner, chunk: Chunk) -> None:
-    advice = owner.rng.choice((POPULATE_READ, POPULATE_WRITE))
-    code = errno_of((owner.mm if owner.api() else foreign).madvise, chunk.addr, chunk.size, advice)
-    needed = READ if advice == POPULATE_READ else WRITE
-    assert code == (0 if chunk.prot & needed == needed else errno.EINVAL)
-
-
-def remap(owner: Owner, chunk: Chunk) -> None:
-    """Unmapped, and mapped anew wherever the kernel likes: often where another thread has just unmapped."""
-    if chunk.kind == "hugetlb":
-        return
-    api = owner.api()
-    if api:
-        owner.mm.munmap(chunk.addr, chunk.size)
-    else:
-        owner.watch(chunk)
-        foreign.munmap(chunk.addr, chunk.size)
-    owner.stress.memory.map(chunk, api=owner.api())
-
-
-def map_over(owner: Owner, chunk: Chunk) -> None:
-    """Other memory in its place, in one step."""
-    if chunk.kind == "hugetlb":
-        return
-    owner.watch(chunk)
-    owner.stress.memory.map(chunk, api=False, at=chunk.addr)
-
-
-def move(owner: Owner, chunk: Chunk) -> None:
-    if chunk.kind == "hugetlb":
-        return
-    if owner.api():
-        room = owner.mm.mmap(chunk.size, prot=NONE, huge="thp" if chunk.kind == "thp" else None)
-        owner.mm.mremap(chunk.addr, chunk.size, chunk.size, flags=MOVE, new_addr=room.addr)
-        chunk.addr = room.addr
-        return
-    owner.watch(chunk)
-    place = foreign.mmap(0, chunk.size, prot=NONE)
-    chunk.addr = foreign.mremap(chunk.addr, chunk.size, chunk.size, MOVE, place)
-
-
-def mirror_it(owner: Owner, chunk: Chunk) -> None:
-    """The driver's loop over the chunk, whole or in part, and what it finds."""
-    if not chunk.prot & READ:
-        return
-    offset, size = owner.pages(chunk)
-    start, end = chunk.addr + offset, chunk.addr + offset + size
-    mirror = owner.stress.mirror
-    with mirror.range(start, end) as rng:
-        rng.default_flags = FAULT_WRITE if chunk.prot == WRITE else FAULT
-        rng.pfn_flags_mask = 0
-        mirror.again(lambda: mirror.try_map(rng))
-        assert (rng.pfns & rng.default_flags == rng.default_flags).all()
-
-
-def within(owner: Owner, chunk: Chunk) -> None:
-    """While an invalidation runs nothing is valid there, whatever the others do."""
-    mirror = owner.stress.mirror
-    rng = mirror.range(chunk.addr, chunk.end)
-    with owner.mm.invalidate(chunk.addr, chunk.end, pm.Event.MIGRATE), rng:
-        assert errno_of(rng.wait_until_valid, 0.0005) == errno.ETIMEDOUT
-        assert not mirror.commit(rng, rng.seq)
-
-
-def intervals(owner: Owner, chunk: Chunk) -> None:
-    """Notifiers come and go while others are told."""
-    owner.own.insert(chunk.addr - PAGE, chunk.end + PAGE, two_pass=owner.api())
-    if owner.rng.random() < 0.5:
-        owner.own.remove(owner.rng.choice(owner.own.subs))
-
-
-def sync(owner: Owner, chunk: Chunk) -> None:
-    owner.mm.sync(PATIENCE_S)
-
-
-def fork(owner: Owner, chunk: Chunk) -> None:
-    """The child sees what was there at the fork, and what either writes stays its own."""
-    private = [one for one in owner.chunks if not one.shared and one.prot & READ and one.kind != "hugetlb"]
-    with child_of(private):
-        for one in owner.rng.sample(owner.chunks, min(3, len(owner.chunks))):
-            cpu_write(owner, one)
-            device_write(owner, one)
-    for one in private:
-        owner.compare(one)
-
-
-OPERATIONS_BY_NAME: dict[str, tuple[int, Callable[[Owner, Chunk], None]]] = {
-    "cpu_write": (8, cpu_write),
-    "device_write": (8, device_write),
-    "device_read": (6, device_read),
-    "protect": (6, protect),
-    "drop": (5, drop),
-    "free": (2, free),
-    "punch": (6, punch),
-    "populate": (2, populate),
-    "remap": (6, remap),
-    "map_over": (4, map_over),
-    "move": (6, move),
-    "mirror_it": (6, mirror_it),
-    "within": (2, within),
-    "intervals": (3, intervals),
-    "sync": (1, sync),
-    "fork": (1, fork),
-}
-
-
-class Onlooker(Worker):
-    """Looks at anybody's memory by the shared mirror, which changes no byte, and finds some of it gone."""
-
-    REFUSALS = (0, errno.EFAULT, errno.EPERM, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT)
-
-    def work(self) -> None:
-        mirror = self.stress.mirror
-        while any(owner.is_alive() for owner in self.stress.owners):
-            chunk = self.rng.choice(self.stress.memory.chunks)
-            start = chunk.addr + self.rng.randrange(-4, 4) * PAGE
-            size = self.rng.choice((1, 6, 64)) * PAGE
-            self.doing = f"look at {start:#x}"
-            self.tally[self.doing[:4]] += 1
-            if self.rng.random() < 0.5:
-                self._check(errno_of(mirror.device.read, self.mm, start, size))
-                continue
-            with mirror.range(start, start + size) as rng:
-                rng.wait_until_valid(PATIENCE_S)
-                self._check(errno_of(rng.snapshot))
-
-    def _check(self, code: int) -> None:
-        assert code in self.REFUSALS, f"errno {code}"
+HUGE_PAGES = 64
 
 
 class Stress:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.stop = False
-        self.log: list[object] = []
+        self.log: Log = []
         self.mm = pm.AddressSpace()
-        self.mirror = SharedDriver(self.mm, self.log)  # type: ignore[arg-type]
-        Recorder(self.mm, self.log)  # type: ignore[arg-type]
+        self.mirror = SharedDriver(self.mm, self.log)
+        Recorder(self.mm, self.log)
         self.memory = Memory(self.mm, random.Random(f"{seed} memory"), OWNERS)
         self.owners = [Owner(self, f"owner {i}", self.memory.chunks[i::OWNERS]) for i in range(OWNERS)]
         self.workers = [*self.owners, Onlooker(self, "onlooker")]
@@ -369,13 +63,7 @@ class Stress:
                 chunk.compare(ctypes.string_at(chunk.addr, chunk.size), "the CPU")
                 for driver in (self.mirror, self.owners[0].own):
                     chunk.compare(driver.device.read(self.mm, chunk.addr, chunk.size), driver.device.name)
-        stats = self.mm.stats()
-        assert (stats["active"], stats["invalidate_seq"] % 2, stats["inflight"], stats["queue_depth"]) == (
-            0,
-            0,
-            0,
-            0,
-        )
+        stats = quiet(self.mm)
         assert (stats["callback_errors"], stats["drain_timeouts"]) == (0, 0), list(self.mm.errors)
         assert stats["subs"] == sum(len(owner.own.subs) for owner in self.owners)
         for driver in (self.mirror, *(owner.own for owner in self.owners)):
@@ -416,6 +104,3 @@ def test_threads_keep_every_byte() -> None:
                 stress.compare()
             finally:
                 stress.close()
-
-
-HUGE_PAGES = 64
