@@ -73,11 +73,16 @@ class Steps:
     world: World
     touched: list[int]
 
-    def span(self, pick: Pick) -> Interval | None:
-        """An interval that begins in a mapping; it may end in its neighbour or in a hole."""
+    def span(self, pick: Pick, suits: Callable[[Page], bool] | None = None) -> Interval | None:
+        """An interval that begins in a mapping; it may end in its neighbour or in a hole.
+
+        Where there is a mapping that ``suits``, it is most often one of these.
+        """
         segments = self.world.model.segments()
         if not segments:
             return None
+        if suits is not None and pick.first % 4:
+            segments = [one for one in segments if suits(self.world.model.pages[one[0]])] or segments
         if pick.which % 3:
             segments = self.world.mapped_by_devices(segments) or segments
         start, end = segments[pick.which // 3 % len(segments)]
@@ -142,5 +147,6 @@ class Steps:
         world.settle()
         assert code == (0 if served else errno.EFAULT)
         if served:
+            world.check_used(driver.device.page_table, start, end)
             for addr in range(start, end, PAGE):
                 world.check_page(addr, bytes(data[addr - start : addr - start + PAGE]), "the device")

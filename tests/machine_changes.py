@@ -23,6 +23,7 @@ from model import (
     POPULATE_WRITE,
     REMOVE,
     pieces,
+    refuses,
 )
 from seams import foreign
 
@@ -68,7 +69,7 @@ class ChangeSteps(Steps):
 
     @rule(pick=PICKS, api=API, advice=ADVICE, read=st.booleans())
     def madvise(self, pick: Pick, api: bool, advice: int, read: bool) -> None:
-        span = self.span(pick)
+        span = self.span(pick, lambda page: not refuses(page, advice))
         if span is None:
             return
         world, (start, end) = self.world, span

@@ -188,6 +188,7 @@ class DeviceSteps(Steps):
             start += PAGE
         assert code == refused
         if not refused:
+            world.check_used(driver.device.page_table, addr - addr % PAGE, start)
             world.model.write(addr, data, lazy)
             return
         self._written_before(addr, data[: max(0, bad - addr)], lazy)

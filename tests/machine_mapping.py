@@ -23,7 +23,16 @@ SMALL_PAGES = 160
 ENOUGH_HUGE_PAGES = 24
 MAP_FIXED = 0x10
 
-KINDS = ("anonymous", "shared", "memfd_private", "memfd_shared", "disk_private", "disk_shared", "again")
+KINDS = (
+    "anonymous",
+    "shared",
+    "memfd_private",
+    "memfd_shared",
+    "disk_private",
+    "disk_shared",
+    "again",
+    "again",
+)
 HUGE_KINDS = ("thp", "hugetlb", "hugetlb_shared")
 RAW_KINDS = ("anonymous", "memfd_private", "memfd_shared", "again")
 #: Features that the library can do without.

@@ -93,6 +93,14 @@ class Checks:
                 continue
             raise AssertionError(f"{table.device} at {addr:#x}: {entry:#x}, the CPU has {raw:#x}")
 
+    def check_used(self, table: pm.PageTable, start: int, end: int) -> None:
+        """What a device has just read or written is the page that the CPU has, also where nothing told."""
+        entries = self.tables[table].entries
+        for addr, raw in self.frames(range(start, end, PAGE)):
+            if same_frame(entries[addr], raw) or self.model.pages[addr].huge == "thp" or self.kernel_moved():
+                continue
+            raise AssertionError(f"used {entries[addr]:#x} at {addr:#x}, the CPU has {raw:#x}")
+
     def check_vmas(self) -> None:
         """What is mapped is mapped as the model has it."""
         for start, end in merged(self.model.pages):

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from mirroring import PAGE
+from mirroring import PAGE, filled
 from seams import WAIT_S, foreign
 
 import pymirror as pm
@@ -52,6 +52,12 @@ CHANGES = API | FOREIGN
 
 #: What a page gives that was changed: zeroes, or the errno of an access.
 GONE = {"api-munmap", "api-mprotect", "foreign-munmap"}
+
+
+def watched(mm: pm.AddressSpace, pages: int = 4) -> pm.Region:
+    buf = filled(mm, pages)
+    mm.watch(buf.addr, buf.addr + buf.size)
+    return buf
 
 
 def changes(table: dict[str, Change]) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from model import DONTNEED, FREE, NONE, PAGE, POPULATE_READ, POPULATE_WRITE, READ, REMOVE, WRITE
-from model_device import FAULT, FAULT_WRITE, IntervalDriver, MirrorDriver
+from model_device import FAULT, FAULT_WRITE, IntervalDriver, Log, MirrorDriver
 from seams import errno_of, foreign
 from stress_memory import Chunk, child_of
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 OPERATIONS = 1000
 PATIENCE_S = 30.0
+FIXED_NOREPLACE = 0x100022
+SCRATCH = 64 * PAGE
+SCRATCH_DATA = b"\x55" * SCRATCH
 MOVE = pm.MREMAP_MAYMOVE | pm.MREMAP_FIXED
 
 
@@ -47,6 +50,32 @@ class SharedDriver(Patient, MirrorDriver):
 
 class OwnDriver(Patient, IntervalDriver):
     """A table and interval notifiers of one thread; the intervals reach into others' chunks."""
+
+
+class Scratch:
+    """Memory of no owner. It is mapped by the device under ``lock`` only: after an invalidation it is EFAULT."""
+
+    def __init__(self, mm: pm.AddressSpace, log: Log) -> None:
+        self.mm = mm
+        self.lock = threading.Lock()
+        self.driver = SharedDriver(mm, log)
+        self.driver.device.set_fault_handler(None)
+        self.map()
+
+    def map(self) -> None:
+        self.addr = self.mm.mmap(SCRATCH).addr
+        ctypes.memmove(self.addr, SCRATCH_DATA, SCRATCH)
+        with self.driver.range(self.addr, self.addr + SCRATCH) as rng:
+            rng.default_flags = FAULT_WRITE
+            rng.pfn_flags_mask = 0
+            self.driver.again(lambda: self.driver.try_map(rng))
+
+    def unmap(self, *, api: bool = True) -> None:
+        if api:
+            self.mm.munmap(self.addr, SCRATCH)
+            return
+        self.mm.watch(self.addr, self.addr + SCRATCH)
+        foreign.munmap(self.addr, SCRATCH)
 
 
 class Worker(threading.Thread):
@@ -160,6 +189,40 @@ def protect(owner: Owner, chunk: Chunk, prot: int | None = None) -> None:
     chosen = owner.rng.choice((WRITE, WRITE, READ, NONE)) if prot is None else prot
     (owner.mm if owner.api() else foreign).mprotect(chunk.addr, chunk.size, chosen)
     chunk.prot = chosen
+
+
+def take_away(owner: Owner, chunk: Chunk) -> None:
+    """Where no access is left, nobody has an entry once mprotect() has returned, or gets one."""
+    owner.mm.mprotect(chunk.addr, chunk.size, NONE)
+    chunk.prot = NONE
+    for _ in range(3):
+        for driver in (owner.stress.mirror, owner.own):
+            entries = driver.device.page_table.entries(chunk.addr, chunk.end)
+            assert not (entries & pm.HMM_PFN_VALID).any(), f"{driver.device} has entries of {chunk}"
+        time.sleep(0)
+
+
+def swap(owner: Owner, chunk: Chunk) -> None:
+    """The scratch memory is unmapped while a device reads and writes it, and a chunk takes its place.
+
+    What of the device's is late would be found in the chunk, or the chunk's bytes by the device.
+    """
+    if chunk.kind not in ("anonymous", "raw"):
+        return
+    scratch = owner.stress.scratch
+    with scratch.lock:
+        place = scratch.addr
+        scratch.unmap(api=owner.api())
+        code = errno_of(foreign.mmap, place, chunk.size, WRITE, FIXED_NOREPLACE)
+        if not code:
+            owner.mm.munmap(chunk.addr, chunk.size)
+            chunk.addr, chunk.prot = place, WRITE
+            data = owner.data(chunk.size)
+            ctypes.memmove(chunk.addr, data, chunk.size)
+            chunk.wrote(0, data)
+        assert code in (0, errno.EEXIST)
+        time.sleep(0)
+        scratch.map()
 
 
 def drop(owner: Owner, chunk: Chunk) -> None:
@@ -289,6 +352,8 @@ OPERATIONS_BY_NAME: dict[str, tuple[int, Callable[[Owner, Chunk], None]]] = {
     "device_write": (8, device_write),
     "device_read": (6, device_read),
     "protect": (6, protect),
+    "take_away": (2, take_away),
+    "swap": (8, swap),
     "drop": (5, drop),
     "free": (2, free),
     "punch": (6, punch),
@@ -302,6 +367,21 @@ OPERATIONS_BY_NAME: dict[str, tuple[int, Callable[[Owner, Chunk], None]]] = {
     "sync": (1, sync),
     "fork": (1, fork),
 }
+
+
+class Scribe(Worker):
+    """A device that reads and writes scratch memory while it is taken away. It maps nothing by itself."""
+
+    def work(self) -> None:
+        scratch = self.stress.scratch
+        device = scratch.driver.device
+        buffer = bytearray(SCRATCH)
+        while any(owner.is_alive() for owner in self.stress.owners):
+            if errno_of(device.write, self.mm, scratch.addr, SCRATCH_DATA) == 0:
+                self.tally["written"] += 1
+            if errno_of(device.read_into, self.mm, scratch.addr, buffer) == 0:
+                assert buffer == SCRATCH_DATA, "a device has read what came after its memory was unmapped"
+                self.tally["read"] += 1
 
 
 class Onlooker(Worker):

@@ -20,7 +20,7 @@ from model import READ
 from model_checks import quiet
 from model_device import Log, Recorder
 from stress_memory import Memory
-from stress_workers import PATIENCE_S, Onlooker, Owner, SharedDriver
+from stress_workers import PATIENCE_S, Onlooker, Owner, Scratch, Scribe, SharedDriver
 
 import pymirror as pm
 from pymirror.replay.hugepages import overcommit
@@ -41,7 +41,8 @@ class Stress:
         Recorder(self.mm, self.log)
         self.memory = Memory(self.mm, random.Random(f"{seed} memory"), OWNERS)
         self.owners = [Owner(self, f"owner {i}", self.memory.chunks[i::OWNERS]) for i in range(OWNERS)]
-        self.workers = [*self.owners, Onlooker(self, "onlooker")]
+        self.scratch = Scratch(self.mm, self.log)
+        self.workers = [*self.owners, Onlooker(self, "onlooker"), Scribe(self, "scribe")]
 
     def run(self) -> None:
         for worker in self.workers:
@@ -66,11 +67,12 @@ class Stress:
         stats = quiet(self.mm)
         assert (stats["callback_errors"], stats["drain_timeouts"]) == (0, 0), list(self.mm.errors)
         assert stats["subs"] == sum(len(owner.own.subs) for owner in self.owners)
-        for driver in (self.mirror, *(owner.own for owner in self.owners)):
+        for driver in (self.mirror, self.scratch.driver, *(owner.own for owner in self.owners)):
             assert driver.device.stats.stale == 0
             assert driver.device.page_table.stats()["fenced"] == 0
 
     def close(self) -> None:
+        self.scratch.unmap()
         self.memory.close()
         self.mm.close(PATIENCE_S)
 
