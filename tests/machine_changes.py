@@ -142,7 +142,8 @@ class ChangeSteps(Steps):
             if code:
                 self.world.settle_copies(done[0], done[-1] + PAGE)
             else:
-                self.world.populated_for_write(done[0], done[-1] + PAGE)
+                for addr in done:
+                    model.pages[addr].split_off()
 
     @rule(which=NUMBERS, first=NUMBERS, data=DATA, how=st.sampled_from(("write", "punch", "truncate")))
     def change_file(self, which: int, first: int, data: bytes, how: str) -> None:

@@ -72,7 +72,7 @@ class CpuSteps(Steps):
     def _after_fork(self, private: list[int]) -> None:
         """A fork is told of whatever is watched."""
         world = self.world
-        world.model.forked()
+        world.model.forked(tracked=world.tracks)
         for table in world.tables.values():
             assert not set(private) & set(table.entries), "entries of private memory outlived a fork"
 

@@ -48,7 +48,7 @@ class DeviceSteps(Steps):
             world.settle_copies(start, bad)
             return
         if write:
-            world.populated_for_write(start, end)
+            world.faulted_for_write(start, end)
         self._found(Pending(rng, start, end, seq[-1], rng.pfns), asked, then_map)
 
     @rule(pick=PICKS, around=st.integers(0, 3), two_pass=st.booleans())
@@ -93,7 +93,7 @@ class DeviceSteps(Steps):
             world.settle_copies(start, bad)
             return
         if write:
-            world.populated_for_write(start, end)
+            world.faulted_for_write(start, end)
         seq, pfns = found
         self._found(Pending(sub, start, end, seq, pfns), asked, then_map)
 
@@ -180,6 +180,7 @@ class DeviceSteps(Steps):
         driver = self.driver(by_mirror)
         world.about_to_write(start, end)
         lazy = world.lazy_bytes(start, end)
+        blind = {at for at, page in world.model.inside(start, end) if page.blind}
         code = errno_of(driver.device.write, world.mm, addr, data)
         world.settle()
         bad, refused = end, 0
@@ -188,7 +189,8 @@ class DeviceSteps(Steps):
             start += PAGE
         assert code == refused
         if not refused:
-            world.check_used(driver.device.page_table, addr - addr % PAGE, start)
+            world.check_used(driver.device.page_table, addr - addr % PAGE, start, blind)
+            world.unseen(blind)
             world.model.write(addr, data, lazy)
             return
         self._written_before(addr, data[: max(0, bad - addr)], lazy)

@@ -69,7 +69,8 @@ class Page:
     ``own`` is the private copy, None where the file's bytes (or zeroes) show through. ``lazy``: after a
     MADV_FREE it may turn to zeroes. ``exclusive``: written since the last fork, and so this process's alone.
     ``guard``: every access of it is a fault, whatever the protection. ``watched``: foreign munmap, mremap and
-    madvise of it must be told. ``mapping`` numbers the mmap() that it is of.
+    madvise of it must be told. ``blind``: it was not when a fork made it read-only, so that nobody can see
+    whether it is so still. ``mapping`` numbers the mmap() that it is of.
     """
 
     prot: int
@@ -84,6 +85,7 @@ class Page:
     exclusive: bool = False
     watched: bool = False
     guard: bool = False
+    blind: bool = False
 
     @property
     def anonymous(self) -> bool:
@@ -117,16 +119,16 @@ class Page:
             assert self.file is not None
             self.file.pages[self.index] = after
             return
-        self.own, self.lazy, self.exclusive = after, False, True
+        self.own, self.lazy, self.exclusive, self.blind = after, False, True, False
 
     def split_off(self) -> None:
         """A private copy is made without a store, as MADV_POPULATE_WRITE does."""
         if not self.shared:
-            self.own, self.exclusive = self.allowed[0], True
+            self.own, self.exclusive, self.blind = self.allowed[0], True, False
 
     def drop(self) -> None:
         """MADV_DONTNEED."""
-        self.own, self.lazy, self.exclusive = None, False, False
+        self.own, self.lazy, self.exclusive, self.blind = None, False, False, False
 
 
 class Model:
@@ -169,7 +171,7 @@ class Model:
         moved = [self.pages[addr] for addr in range(*old, PAGE)]
         if leave:
             left = [
-                replace(page, own=None, lazy=False, exclusive=False, watched=False, guard=False)
+                replace(page, own=None, lazy=False, exclusive=False, watched=False, guard=False, blind=False)
                 for page in moved
             ]
         self.unmap(*old)
@@ -177,7 +179,9 @@ class Model:
         first = moved[0]
         self._mappings += 1
         for i in range(size // PAGE):
-            grown = replace(first, index=first.index + i, own=None, lazy=False, exclusive=False, guard=False)
+            grown = replace(
+                first, index=first.index + i, own=None, lazy=False, exclusive=False, guard=False, blind=False
+            )
             page = moved[i] if i < len(moved) else grown
             page.owner, page.mapping = owner, self._mappings
             self.pages[start + i * PAGE] = page
@@ -252,9 +256,11 @@ class Model:
         done = [addr for addr, page in self.inside(start, end if hole is None else hole) if page.prot != prot]
         return (errno.ENOMEM if hole is not None else 0), done
 
-    def forked(self) -> None:
+    def forked(self, *, tracked: bool) -> None:
+        """``tracked``: writes after the fork can be seen, where it is watched."""
         for page in self.pages.values():
             page.exclusive = False
+            page.blind |= not page.shared and not (tracked and page.watched)
 
 
 def refuses(page: Page, advice: int) -> int:

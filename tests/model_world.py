@@ -29,7 +29,8 @@ class World(Checks):
         super().__init__()
         self.mm = pm.AddressSpace(disable=disable, queue_length=queue_length)
         self.events = "uffd_events" in self.mm.features
-        self.watches_disks = "wp_async" in self.mm.features
+        #: Writes after a fork are seen, and files on disk are watched.
+        self.tracks = "wp_async" in self.mm.features and self.events
         self.model = Model()
         self.log: Log = []
         self.mirror = MirrorDriver(self.mm, self.log)
@@ -131,7 +132,7 @@ class World(Checks):
     def watched(self, start: int, end: int, *, files: bool = False) -> None:
         for _, page in self.model.inside(start, end) if self.events else ():
             on_disk = page.file is not None and page.file.disk
-            if page.anonymous or page.huge == "hugetlb" or (files and (self.watches_disks or not on_disk)):
+            if page.anonymous or page.huge == "hugetlb" or (files and (self.tracks or not on_disk)):
                 page.watched = True
 
     def watch(self, start: int, end: int) -> None:
@@ -154,9 +155,11 @@ class World(Checks):
         """What lazy pages hold before a write."""
         return {addr: self.read(addr, PAGE) for addr, page in self.model.inside(start, end) if page.lazy}
 
-    def populated_for_write(self, start: int, end: int) -> None:
+    def faulted_for_write(self, start: int, end: int) -> None:
+        """By a walk, which takes what it is blind to for writable."""
         for _, page in self.model.inside(start, end):
-            page.split_off()
+            if not page.blind or (page.own is None and not page.anonymous):
+                page.split_off()
 
     def settle_copies(self, start: int, end: int) -> None:
         """After a refusal: which private pages have got copies of their own?"""

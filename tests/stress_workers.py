@@ -53,7 +53,7 @@ class OwnDriver(Patient, IntervalDriver):
 
 
 class Scratch:
-    """Memory of no owner. It is mapped by the device under ``lock`` only: after an invalidation it is EFAULT."""
+    """Memory of no owner. Its device has it under ``lock`` only: after an invalidation it is EFAULT."""
 
     def __init__(self, mm: pm.AddressSpace, log: Log) -> None:
         self.mm = mm
@@ -193,6 +193,9 @@ def protect(owner: Owner, chunk: Chunk, prot: int | None = None) -> None:
 
 def take_away(owner: Owner, chunk: Chunk) -> None:
     """Where no access is left, nobody has an entry once mprotect() has returned, or gets one."""
+    if chunk.prot == NONE:
+        # Behind the library's back, maybe: then there may be entries, of no use.
+        return
     owner.mm.mprotect(chunk.addr, chunk.size, NONE)
     chunk.prot = NONE
     for _ in range(3):
