@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,16 @@ def test_hugetlb_memory_is_mirrored_where_it_is_to_be_had() -> None:
     assert "hugetlb" not in {entry["feature"] for entry in report["missing"]}
 
 
+def has_status_page(pid: int) -> bool:
+    # A descriptor may be closed between the listing and the look at it.
+    with suppress(FileNotFoundError):
+        return any("pymirror-status" in os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
 def wait_for_an_address_space(pid: int) -> None:
     deadline = time.monotonic() + 30
-    while not any(
-        "pymirror-status" in os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()
-    ):
+    while not has_status_page(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
