@@ -20,6 +20,10 @@ from typing import Any
 
 from .errors import MirrorError
 
+#: Waits go in slices of so many seconds: a signal that comes just before a thread goes to sleep does not wake
+#: it, and is heard at the end of the slice.
+SLICE = 0.2
+
 
 class _ThreadState(threading.local):
     """What this thread is in: callbacks, and the driver locks that it has taken and may have let go again."""
@@ -69,8 +73,9 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
                 hint="do not call what takes the lock while holding it",
             )
         try:
-            if not super().acquire(timeout=timeout):
-                return False
+            while not super().acquire(timeout=timeout if timeout >= 0 else SLICE):
+                if timeout >= 0:
+                    return False
             self.taken_by = threading.get_ident()
             self.since_ns = time.monotonic_ns()
             _thread.taken = [*(lock for lock in held_here() if lock is not self), self]
@@ -307,7 +312,7 @@ class MmapLock:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise self._timed_out(what, timeout)
-            self._cond.wait(left)
+            self._cond.wait(SLICE if left is None else min(left, SLICE))
 
     def _timed_out(self, what: str, timeout: float | None) -> MirrorError:
         names = {thread.ident: thread.name for thread in threading.enumerate()}

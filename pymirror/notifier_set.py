@@ -23,7 +23,7 @@ from .delivery import Delivery, State
 from .dispatcher import Dispatcher
 from .errors import MirrorError, check
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end, python_end
-from .lock import renew_in_child
+from .lock import SLICE, renew_in_child
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -313,7 +313,7 @@ class NotifierSet:
                     f"{what}: a callback of it has not returned within {timeout} s",
                     hint="AddressSpace.dump() shows the thread that it runs in; then call this again",
                 )
-            self._idle.wait(left)
+            self._idle.wait(min(left, SLICE))
 
     def _forget(self, notifier: MmuNotifier | IntervalNotifier) -> None:
         cookie = getattr(notifier, "_cookie", None)

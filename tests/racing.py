@@ -10,8 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -199,33 +198,58 @@ def eventually(condition: Callable[[], object], timeout: float = WAIT_S) -> None
         time.sleep(0.0005)
 
 
-def _is_in(frame: FrameType | None, function: str) -> bool:
-    while frame is not None:
-        if frame.f_code.co_name == function:
-            return True
-        frame = frame.f_back
-    return False
+def _place(ident: int) -> tuple[str, int]:
+    """Where a thread stands. Only its innermost frame: to walk them while it runs crashes Python 3.11."""
+    frame = sys._current_frames()[ident]
+    return frame.f_code.co_name, frame.f_lasti
+
+
+def _is_stuck(ident: int, function: str) -> bool:
+    """In that function, and not on: a thread that only waits for the GIL would have got it meanwhile."""
+    place = _place(ident)
+    if place[0] != function:
+        return False
+    time.sleep(0.03)
+    return _place(ident) == place
 
 
 @contextmanager
-def ctrl_c_in(function: str) -> Iterator[None]:
-    """SIGINT for the main thread once it is in the function of that name. It must end the block at once."""
+def ctrl_c(when: Callable[[int], object], then: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """SIGINT for the main thread, that of the block, which must end by it at once."""
     main = threading.main_thread().ident
     assert main == threading.get_ident()
     struck: list[float] = []
+    begun = threading.Event()
+    ended_by: BaseException | None = None
+
+    def handle(number: int, frame: object) -> None:
+        # One that comes too late must not end the test run.
+        if begun.is_set():
+            signal.default_int_handler(number, None)
 
     def strike() -> None:
-        eventually(lambda: _is_in(sys._current_frames().get(main), function))
+        assert begun.wait(WAIT_S)
+        when(main)
         struck.append(time.monotonic())
         signal.pthread_kill(main, signal.SIGINT)
+        then()
 
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    previous = signal.signal(signal.SIGINT, handle)
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
     try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-        assert time.monotonic() - struck[0] < 1.0
+        begun.set()
+        yield
+    except KeyboardInterrupt as interrupt:
+        ended_by = interrupt
     finally:
+        begun.clear()
         thread.join(WAIT_S)
         signal.signal(signal.SIGINT, previous)
+    assert ended_by is not None, "the block ended of itself"
+    assert time.monotonic() - struck[0] < 1.0
+
+
+def ctrl_c_in(function: str) -> AbstractContextManager[None]:
+    """When the block is stuck in the function of that name."""
+    return ctrl_c(lambda main: eventually(lambda: _is_stuck(main, function)))

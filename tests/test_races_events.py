@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mirroring import PAGE, Driver, FaultDriver, filled, whole
 from notifying import SOMEWHERE, WHOLE, Recorder, interval, invalidate
-from racing import ctrl_c_in, eventually, replace
+from racing import ctrl_c, ctrl_c_in, eventually, replace
 from seams import WAIT_S, Background, errno_of, foreign, needs, points
 
 import pymirror as pm
@@ -255,7 +255,7 @@ class TestCtrlC:
         buf = filled(mm, 4)
         with Driver(mm) as driver, whole(driver, buf) as rng:
             with mm.invalidate(buf.addr, buf.addr + PAGE):
-                with ctrl_c_in("wait_until_valid"):
+                with ctrl_c_in("wait_read_begin"):
                     rng.wait_until_valid(timeout)
                 assert not rng.valid
             assert rng.wait_until_valid()
@@ -264,7 +264,7 @@ class TestCtrlC:
 
     def test_in_read_begin(self, mm: pm.AddressSpace) -> None:
         sub = interval(mm, SOMEWHERE)
-        with mm.invalidate(SOMEWHERE, SOMEWHERE + PAGE), ctrl_c_in("read_begin"):
+        with mm.invalidate(SOMEWHERE, SOMEWHERE + PAGE), ctrl_c_in("wait_read_begin"):
             sub.read_begin()
         assert not sub.read_retry(sub.read_begin())
         self.still_works(mm)
@@ -290,7 +290,7 @@ class TestCtrlC:
 
         reader = Background(read)
         assert entered.wait(WAIT_S)
-        with ctrl_c_in("close"):
+        with ctrl_c_in("wait"):
             mm.close()
         assert not mm.closed
         # Its wait has not been left standing in the way of other readers.
@@ -306,7 +306,7 @@ class TestCtrlC:
         mm = pm.AddressSpace()
         buf = filled(mm, 2)
         with held(mm, buf, lambda: foreign.munmap(buf.addr, PAGE)):
-            with ctrl_c_in("_join_dispatcher"):
+            with ctrl_c_in("_wait_for_tstate_lock"):
                 mm.close()
             # It was past all else by then.
             assert mm.closed
@@ -335,7 +335,7 @@ class TestCtrlC:
         remove = sub.remove if sub else notifier.unregister  # type: ignore[union-attr]
         operation = Background(invalidate, mm, SOMEWHERE)
         assert inside.wait(WAIT_S)
-        with ctrl_c_in("remove"):
+        with ctrl_c_in("wait"):
             remove()
         assert not operation.done
         go.set()
@@ -349,7 +349,7 @@ class TestCtrlC:
     def test_in_an_operation_that_waits_for_another(self, mm: pm.AddressSpace) -> None:
         buf, other = filled(mm, 2), filled(mm, 2)
         with held(mm, buf, lambda: mm.munmap(buf.addr, PAGE)) as sub:
-            with ctrl_c_in("munmap"):
+            with ctrl_c_in("wait"):
                 mm.munmap(other.addr, PAGE)
             assert not other.closed
             assert other.left == [(other.addr, other.addr + 2 * PAGE)]
@@ -360,8 +360,9 @@ class TestCtrlC:
     def test_in_a_device_access_whose_fault_is_not_served(self, mm: pm.AddressSpace) -> None:
         buf = filled(mm, 2)
         device = pm.Device("lazy", fault_timeout=30)
-        device.set_fault_handler(lambda fault: None)
-        with ctrl_c_in("_access"):
+        faults = threading.Semaphore(0)
+        device.set_fault_handler(lambda fault: faults.release())
+        with ctrl_c(lambda main: [faults.acquire() for _ in range(100)]):
             device.read(mm, buf.addr, 1)
         assert mm.stats()["inflight"] == 0
         self.still_works(mm)
@@ -370,13 +371,9 @@ class TestCtrlC:
         """Native code is not cut short; the call's result is lost, and nothing else."""
         buf = mm.mmap(4 * PAGE)
         with Driver(mm) as driver, whole(driver, buf) as rng:
-            with points("WALK_BEFORE_POPULATE") as there:
-                release = threading.Thread(target=lambda: (there.wait(), there.release()))
-                release.start()
-                with ctrl_c_in("fault"):
-                    while True:
-                        rng.fault()
-                release.join()
+            with points("WALK_BEFORE_POPULATE") as there, ctrl_c(lambda main: there.wait(), there.release):
+                rng.fault()
+                rng.fault()
             rng.wait_until_valid()
             assert driver.device.page_table.map(rng, rng.fault())
         self.still_works(mm)
