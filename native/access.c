@@ -79,10 +79,12 @@ static void announce(struct span *span)
         .start = span->addr,
         .last = span->addr + span->len - 1,
         .since_ns = pm_now_ns(),
+        .tid = pm_status_tid(mm),
         .write = span->write,
     };
     mm->inflight = &span->flight;
     mm->stats.inflight++;
+    pm_status_inflight(mm);
 }
 
 static void withdraw(struct span *span)
@@ -93,6 +95,7 @@ static void withdraw(struct span *span)
         link = &(*link)->next;
     *link = span->flight.next;
     span->mm->stats.inflight--;
+    pm_status_inflight(span->mm);
     if (span->write)
         pthread_cond_broadcast(&span->mm->drained);
 }

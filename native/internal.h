@@ -103,6 +103,7 @@ int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg); /* with ev
 void *pm_sys_calloc(size_t n, size_t size);                           /* NULL on failure */
 int pm_sys_io_uring_setup(unsigned entries, void *params);            /* counted as open */
 int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count); /* counted as ioctl */
+void pm_sys_name_thread(const char *name); /* the calling one; cannot fail, not counted */
 int pm_gettid(void);
 uint64_t pm_now_ns(void);        /* CLOCK_MONOTONIC */
 uint64_t pm_inject_struck(void); /* times that the present injection has struck */
@@ -148,6 +149,7 @@ struct pm_inv {
     uint64_t start, last;
     uint64_t seq;
     uint64_t since_ns;
+    uint32_t tid;      /* the thread that began it, for the status page; 0 without one */
     uint64_t until_ns; /* a lingering REMOVE: when it ends whatever the pagemap shows */
     uint64_t earliest_ns;
     uint64_t removed; /* an API operation: up to where REMOVEs have been taken for its own */
@@ -161,6 +163,7 @@ struct pm_inflight {
     struct pm_inflight *next;
     uint64_t start, last;
     uint64_t since_ns;
+    uint32_t tid; /* as of struct pm_inv */
     bool write;
     bool voided; /* an invalidation passed: a read is discarded */
 };
@@ -213,6 +216,7 @@ struct pm_mm {
     struct pm_event overflow;
     bool delivering;
     struct pm_event current; /* the event whose callbacks run */
+    uint64_t delivering_ns;  /* ... since then */
     uint64_t queued_total, done_total;
 
     pthread_mutex_t watch_lock;     /* orders watch and unwatch; never taken by the monitor */
@@ -315,5 +319,9 @@ int pm_status_open(struct pm_mm *mm);
 void pm_status_close(struct pm_mm *mm);
 void pm_status_update(struct pm_mm *mm);
 void pm_status_lock(struct pm_mm *mm, bool held); /* this thread has taken or is leaving the device lock */
+uint32_t pm_status_tid(const struct pm_mm *mm);   /* of this thread, which holds the device lock */
+void pm_status_watched(struct pm_mm *mm);
+void pm_status_inflight(struct pm_mm *mm);
+void pm_status_dispatch(struct pm_mm *mm, uint32_t state); /* of this thread, which takes events */
 
 #endif

@@ -41,6 +41,7 @@ uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint6
     inv->guarantee = guarantee;
     inv->seq = seq;
     inv->since_ns = pm_now_ns();
+    inv->tid = pm_status_tid(mm);
     inv->next = mm->invs;
     mm->invs = inv;
     /* Before the stamps: a reader that meets the new stamp must also see that an invalidation runs. */
@@ -107,6 +108,7 @@ void pm_drain_writes(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t u
     if (!write_in_flight(mm, start, last))
         return;
     mm->draining++;
+    pm_status_update(mm);
     while (write_in_flight(mm, start, last)) {
         if (pm_wait(mm, &mm->drained, until_ns) != -ETIMEDOUT)
             continue;
@@ -154,6 +156,7 @@ int pm_invalidate_delivered(pm_inv *inv)
         return -ESRCH;
     pm_lock(mm);
     inv->undelivered = false;
+    pm_status_update(mm);
     pm_unlock(mm);
     return 0;
 }

@@ -315,6 +315,7 @@ static void *monitor_main(void *arg)
     struct pm_mm *mm = arg;
     struct pollfd fds[2] = {{.fd = mm->uffd, .events = POLLIN}, {.fd = mm->wake_fd, .events = POLLIN}};
 
+    pm_thread_name("pymirror-mon");
     announce_start(mm);
     while (!stopping(mm)) {
         int n;

@@ -335,16 +335,33 @@ int pm_access(pm_table *table, struct pm_access *access);
 int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start,
                     uint64_t *changed_end);
 
-/* The status page: a memfd named pymirror-status, for `pymirror inspect`. */
+/*
+ * The status page: a memfd named pymirror-status, for `pymirror inspect`. Whoever adds fields (there is room
+ * up to one page) puts them at the end and gives the layout its next number.
+ */
+
+enum { PM_STATUS_LAYOUT = 2, PM_STATUS_INVS = 16, PM_STATUS_WATCHED = 64 };
 
 struct pm_status_inv {
     uint64_t start, end, since_ns;
     uint32_t event, guarantee;
+    uint32_t tid;         /* the thread that began it */
+    uint32_t undelivered; /* 1: an API operation whose callbacks have not all returned */
+};
+
+struct pm_status_range {
+    uint64_t start, end;
+};
+
+enum pm_dispatch_state {
+    PM_DISPATCH_NONE,
+    PM_DISPATCH_WAITING, /* in pm_event_wait() */
+    PM_DISPATCH_AWAY     /* has left it: calls back, or waits for what the caller needs to call again */
 };
 
 struct pm_status {
     uint64_t magic;  /* PM_STATUS_MAGIC */
-    uint32_t layout; /* version of this struct: 1 */
+    uint32_t layout; /* PM_STATUS_LAYOUT */
     uint32_t pid;
     uint64_t opened_ns; /* CLOCK_MONOTONIC, as all times here */
     uint64_t seq;
@@ -356,20 +373,29 @@ struct pm_status {
     uint64_t lock_since_ns;
     uint64_t queue_depth;
     uint64_t oldest_event_ns;   /* oldest event without its callbacks done, 0: none */
-    uint64_t callback_since_ns; /* a callback round runs since then, 0: none */
+    uint64_t callback_since_ns; /* the dispatcher delivers an event since then, 0: none */
     uint64_t queue_overflows;
     uint64_t active;
-    struct pm_status_inv inv[16]; /* the first of the active invalidations; since_ns 0: none */
+    struct pm_status_inv inv[PM_STATUS_INVS]; /* the youngest of the active invalidations; since_ns 0: none */
     uint64_t inflight;
     uint64_t inflight_since_ns; /* the oldest device access in flight */
     uint64_t events[8];
     uint64_t subs, watched_bytes, table_entries;
-    uint64_t name_len;
     char version[16];
+    uint32_t dispatch_tid;   /* the last thread to wait for events */
+    uint32_t dispatch_state; /* enum pm_dispatch_state */
+    uint64_t dispatch_since_ns;
+    uint32_t inflight_tid; /* the thread of the oldest device access in flight */
+    uint32_t watched_ranges;
+    uint64_t lock_addr; /* of the device lock's futex: a thread that sleeps there waits for the lock */
+    struct pm_status_range watched[PM_STATUS_WATCHED]; /* the first of watched_ranges, by address */
 };
 
 /* The fd of the status page, -ENOENT if it could not be made. */
 int pm_mm_status_fd(const pm_mm *mm);
+
+/* Give the calling thread a name that /proc and debuggers show, cut to 15 bytes. */
+void pm_thread_name(const char *name);
 
 /* Tests. */
 

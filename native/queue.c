@@ -76,6 +76,7 @@ static bool queue_pop(struct pm_mm *mm, struct pm_event *ret)
     }
     mm->current = *ret;
     mm->delivering = true;
+    mm->delivering_ns = pm_now_ns();
     publish(mm);
     return true;
 }
@@ -89,6 +90,7 @@ int pm_event_wait(pm_mm *mm, uint64_t timeout_ns, struct pm_event *ret)
     if (!pm_mm_owned(mm))
         return -ESRCH;
     pm_lock(mm);
+    pm_status_dispatch(mm, PM_DISPATCH_WAITING);
     while (!queue_pop(mm, ret)) {
         err = pm_mm_check(mm);
         if (!err)
@@ -96,6 +98,7 @@ int pm_event_wait(pm_mm *mm, uint64_t timeout_ns, struct pm_event *ret)
         if (err)
             break;
     }
+    pm_status_dispatch(mm, PM_DISPATCH_AWAY);
     pm_unlock(mm);
     return err;
 }

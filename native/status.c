@@ -33,10 +33,11 @@ int pm_status_open(struct pm_mm *mm)
     pm_sys_madvise(at, PM_PAGE_SIZE, MADV_DONTFORK);
     mm->status_fd = fd;
     mm->status = (struct pm_status *)(uintptr_t)at;
-    mm->status->layout = 1;
+    mm->status->layout = PM_STATUS_LAYOUT;
     mm->status->pid = (uint32_t)getpid();
     mm->status->opened_ns = pm_now_ns();
     mm->status->state = 1;
+    mm->status->lock_addr = (uintptr_t)&mm->lock;
     strncpy(mm->status->version, pm_version(), sizeof(mm->status->version) - 1);
     mm->status->magic = PM_STATUS_MAGIC;
     return 0;
@@ -65,9 +66,19 @@ void pm_status_lock(struct pm_mm *mm, bool held)
     status->lock_tid = held ? (uint32_t)pm_gettid() : 0;
 }
 
+uint32_t pm_status_tid(const struct pm_mm *mm)
+{
+    return mm->status ? mm->status->lock_tid : 0;
+}
+
+void pm_thread_name(const char *name)
+{
+    pm_sys_name_thread(name);
+}
+
 static void write_active(struct pm_mm *mm, struct pm_status *status)
 {
-    size_t n = sizeof(status->inv) / sizeof(status->inv[0]), i = 0;
+    size_t n = PM_STATUS_INVS, i = 0;
 
     for (struct pm_inv *inv = mm->invs; inv && i < n; inv = inv->next, i++) {
         status->inv[i] = (struct pm_status_inv){
@@ -76,21 +87,52 @@ static void write_active(struct pm_mm *mm, struct pm_status *status)
             .since_ns = inv->since_ns,
             .event = (uint32_t)inv->event,
             .guarantee = (uint32_t)inv->guarantee,
+            .tid = inv->tid,
+            .undelivered = inv->undelivered,
         };
     }
     if (i < n)
         memset(&status->inv[i], 0, (n - i) * sizeof(status->inv[0]));
 }
 
-static uint64_t oldest_access(const struct pm_mm *mm)
+void pm_status_inflight(struct pm_mm *mm)
 {
-    uint64_t oldest = 0;
+    struct pm_status *status = mm->status;
+    const struct pm_inflight *oldest = mm->inflight;
 
-    for (const struct pm_inflight *access = mm->inflight; access; access = access->next) {
-        if (!oldest || access->since_ns < oldest)
-            oldest = access->since_ns;
+    if (!status)
+        return;
+    for (const struct pm_inflight *access = oldest; access; access = access->next) {
+        if (access->since_ns < oldest->since_ns)
+            oldest = access;
     }
-    return oldest;
+    status->inflight = mm->stats.inflight;
+    status->inflight_since_ns = oldest ? oldest->since_ns : 0;
+    status->inflight_tid = oldest ? oldest->tid : 0;
+}
+
+void pm_status_watched(struct pm_mm *mm)
+{
+    struct pm_status *status = mm->status;
+    uint32_t n = mm->nwatched < PM_STATUS_WATCHED ? mm->nwatched : PM_STATUS_WATCHED;
+
+    if (!status)
+        return;
+    status->watched_bytes = mm->watched_bytes;
+    status->watched_ranges = mm->nwatched;
+    for (uint32_t i = 0; i < n; i++)
+        status->watched[i] = (struct pm_status_range){mm->watched[i].start, mm->watched[i].end};
+}
+
+void pm_status_dispatch(struct pm_mm *mm, uint32_t state)
+{
+    struct pm_status *status = mm->status;
+
+    if (!status)
+        return;
+    status->dispatch_tid = status->lock_tid;
+    status->dispatch_since_ns = pm_now_ns();
+    status->dispatch_state = state;
 }
 
 static uint64_t table_entries(const struct pm_mm *mm)
@@ -112,13 +154,10 @@ void pm_status_update(struct pm_mm *mm)
     status->active = atomic_load(&mm->active);
     status->queue_depth = mm->stats.queue_depth;
     status->oldest_event_ns = mm->stats.oldest_event_ns;
-    status->callback_since_ns = mm->delivering ? mm->current.when_ns : 0;
+    status->callback_since_ns = mm->delivering ? mm->delivering_ns : 0;
     status->queue_overflows = mm->stats.queue_overflows;
     status->subs = mm->nsubs;
-    status->watched_bytes = mm->watched_bytes;
     status->table_entries = table_entries(mm);
-    status->inflight = mm->stats.inflight;
-    status->inflight_since_ns = oldest_access(mm);
     memcpy(status->events, mm->stats.events, sizeof(status->events));
     write_active(mm, status);
 }

@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -298,6 +299,11 @@ int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count)
 void *pm_sys_calloc(size_t n, size_t size)
 {
     return enter(PM_SYS_MALLOC) ? NULL : calloc(n, size);
+}
+
+void pm_sys_name_thread(const char *name)
+{
+    prctl(PR_SET_NAME, name);
 }
 
 /* Not cached: a thread-local copy would name the parent's thread after a fork. */

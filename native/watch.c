@@ -111,7 +111,7 @@ static void count_watched(struct pm_mm *mm)
     mm->watched_bytes = 0;
     for (uint32_t i = 0; i < mm->nwatched; i++)
         mm->watched_bytes += mm->watched[i].end - mm->watched[i].start;
-    pm_status_update(mm);
+    pm_status_watched(mm);
 }
 
 static void drop_ranges(struct pm_mm *mm, uint32_t first, uint32_t n)

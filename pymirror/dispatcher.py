@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _SLICE_NS = 200_000_000
 
 NAME = "pymirror-dispatch"
+#: As /proc and debuggers show it: 15 bytes at most.
+NATIVE_NAME = b"pymirror-disp"
 
 
 class Dispatcher:
@@ -43,6 +45,7 @@ class Dispatcher:
 
 
 def _dispatch(native: Any, notifiers: weakref.ref[NotifierSet], stop: threading.Event) -> None:
+    lib.pm_thread_name(NATIVE_NAME)
     event = ffi.new("struct pm_event *")
     while not stop.is_set():
         ret = lib.pm_event_wait(native, _SLICE_NS, event)

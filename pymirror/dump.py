@@ -98,9 +98,7 @@ def _native(status: Any, now: int) -> list[str]:
     oldest = f", the oldest for {_age(status.oldest_event_ns, now)}" if status.oldest_event_ns else ""
     lines = [f"kernel events: {status.queue_depth} queued{oldest}; {status.queue_overflows} overflow(s)"]
     if status.callback_since_ns:
-        lines.append(
-            f"the dispatcher delivers an event that was read {_age(status.callback_since_ns, now)} ago"
-        )
+        lines.append(f"the dispatcher has been delivering an event for {_age(status.callback_since_ns, now)}")
     state = _MONITOR[status.monitor_state] if status.monitor_state < len(_MONITOR) else "?"
     if status.monitor_tid:
         state += f" (tid {status.monitor_tid}), went round {_age(status.monitor_loop_ns, now)} ago"
