@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import MirrorError
 from .pfn import HMM_PFN_ERROR, HMM_PFN_FLAGS, HMM_PFN_VALID, HMM_PFN_WRITE
@@ -72,15 +73,17 @@ class PfnEncoding:
         entries[(native & np.uint64(HMM_PFN_ERROR)) != 0] = self.values[VALUE_ERROR]
         return entries
 
-    def to_pfn(self, entry: int) -> int:
-        """hmm_device_entry_to_pfn(): the PFN of an entry, -1 when it holds none."""
-        if int(entry) in self.values or not int(entry) & self.flags[FLAG_VALID]:
-            return -1
-        return int(entry) >> self.pfn_shift
+    def to_pfns(self, entries: PfnArray) -> npt.NDArray[np.int64]:
+        """The PFNs of entries, -1 where an entry holds none."""
+        found = (entries >> np.uint64(self.pfn_shift)).astype(np.int64)
+        found[(entries & np.uint64(self.flags[FLAG_VALID])) == 0] = -1
+        for value in self.values:
+            found[entries == np.uint64(value)] = -1
+        return found
 
-    def from_pfn(self, pfn: int) -> int:
-        """hmm_device_entry_from_pfn(): a valid entry for a PFN."""
-        return pfn << self.pfn_shift | self.flags[FLAG_VALID]
+    def from_pfns(self, pfns: PfnArray) -> PfnArray:
+        """Valid entries for PFNs."""
+        return (pfns << np.uint64(self.pfn_shift)) | np.uint64(self.flags[FLAG_VALID])
 
     def _refuse(self, wrong: str) -> None:
         raise MirrorError(errno.EINVAL, f"PfnEncoding: {wrong}", hint="see struct hmm_range of Linux 5.1")
@@ -110,6 +113,11 @@ class EntryForm:
         """After a walk, one that failed too: results. The first page of a huge one speaks for all."""
         found = self.pages[:: self.per_entry]
         self.pfns[:] = found if self.encoding is None else self.encoding.results(found)
+
+    def special(self, first: int, last: int) -> None:
+        """The 4 KiB pages [first, last) of the range are a device's or the kernel's own."""
+        if self.encoding is not None:
+            self.pfns[first // self.per_entry : last // self.per_entry] = self.encoding.values[VALUE_SPECIAL]
 
 
 def encoding_of(

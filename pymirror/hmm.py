@@ -17,7 +17,25 @@ The order that a driver keeps, as the kernel's Documentation/mm/hmm.rst has it:
 """
 
 from .hmm_mirror import Hmm, Mirror
-from .hmm_range import HMM_RANGE_DEFAULT_TIMEOUT, Range, hmm_range_snapshot
+from .hmm_range import HMM_RANGE_DEFAULT_TIMEOUT, Range
+from .hmm_series import (
+    hmm_device_entry_from_pfn,
+    hmm_device_entry_to_pfn,
+    hmm_range_snapshot,
+    hmm_vma_fault,
+    hmm_vma_range_done,
+)
 from .walk import hmm_range_fault
 
-__all__ = ["HMM_RANGE_DEFAULT_TIMEOUT", "Hmm", "Mirror", "Range", "hmm_range_fault", "hmm_range_snapshot"]
+__all__ = [
+    "HMM_RANGE_DEFAULT_TIMEOUT",
+    "Hmm",
+    "Mirror",
+    "Range",
+    "hmm_device_entry_from_pfn",
+    "hmm_device_entry_to_pfn",
+    "hmm_range_fault",
+    "hmm_range_snapshot",
+    "hmm_vma_fault",
+    "hmm_vma_range_done",
+]

@@ -7,7 +7,8 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -136,6 +137,22 @@ class Mirror(MmuNotifier):
     def mm_is_alive(self) -> bool:
         """hmm_mirror_mm_is_alive(): registered, and the mm is not being torn down."""
         return self._hmm is not None and not self._hmm.dead
+
+    @contextmanager
+    def mm_down_read(self, timeout: float | None = None) -> Iterator[None]:
+        """hmm_mirror_mm_down_read() and _up_read(), as the series proposed them: the mmap lock, for reading.
+
+        EINVAL when the mm is being torn down or the mirror is unregistered; else as AddressSpace.read_lock().
+        """
+        self.mm._check_pid("mm_down_read")
+        if not self.mm_is_alive():
+            raise MirrorError(
+                errno.EINVAL,
+                "mm_down_read: the mm is going away, or the mirror is not registered",
+                hint="stop mirroring: release() has been called",
+            )
+        with self.mm.read_lock(timeout):
+            yield
 
     def range(
         self,

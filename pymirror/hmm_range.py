@@ -302,7 +302,16 @@ class Range:
     def _failed(self, what: str, ret: int) -> MirrorError:
         if ret == -errno.ESRCH and self._hmm is not None:
             self._hmm.check_alive(what)
+        if ret == -errno.EFAULT and self._form is not None:
+            self._mark_special(self._form, self._walk.fail_start)
         return walk_error(self.mm, self._walk, ret, what)
+
+    def _mark_special(self, form: EntryForm, addr: int) -> None:
+        """hmm_pfns_special(): a failure in a special vma shows in its entries."""
+        vma = self.mm._vma_for_error(addr)
+        if vma is not None and vma.special:
+            last = min(vma.end, self.end)
+            form.special((addr - self.start) >> PAGE_SHIFT, (last - self.start) >> PAGE_SHIFT)
 
 
 def _new_array(npages: int) -> PfnArray:
@@ -312,8 +321,3 @@ def _new_array(npages: int) -> PfnArray:
         raise MirrorError(
             errno.ENOMEM, f"range: no memory for {npages} pfns", hint="mirror it in smaller ranges"
         ) from None
-
-
-def hmm_range_snapshot(rng: Range) -> int:
-    """The series' name for ``Range.snapshot``."""
-    return rng.snapshot()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,6 @@ SNAPSHOT: int = lib.PM_WALK_STRICT | lib.PM_WALK_VERIFY
 _WHY = {
     errno.EAGAIN: "it would have to wait for I/O",
     errno.EBUSY: "the range was invalidated during the walk",
-    errno.EFAULT: "a hole, or no permission to read",
     errno.EPERM: "the vma does not permit the access asked for",
     errno.ENOMEM: "no memory to fault the pages in",
 }
@@ -87,9 +87,30 @@ def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
         mm.features.require("populate", what)
     if ret == -errno.ESRCH:
         mm._check_pid(what)
+    if ret == -errno.EFAULT:
+        return _fault_error(mm, what, walk.fail_start)
     why = _WHY.get(-ret)
-    addr = walk.fail_start if ret in (-errno.EFAULT, -errno.EPERM, -EHWPOISON, -errno.ENOMEM) else None
+    addr = walk.fail_start if ret in (-errno.EPERM, -EHWPOISON, -errno.ENOMEM) else None
     return error(-ret, f"{what}: {why}" if why else what, addr=addr, mm=mm)
+
+
+def _fault_error(mm: AddressSpace, what: str, addr: int) -> MirrorError:
+    """The EFAULT of a page, by the vma that is there now."""
+    vma = mm._vma_for_error(addr)
+    hint = None
+    if vma is None:
+        why = "a hole"
+    elif vma.special:
+        why, hint = "a device's or the kernel's own pages", "mirror memory that has pages of its own"
+    elif not vma.prot & mmap.PROT_READ:
+        why, hint = "no permission to read", "mprotect() it to permit that"
+    elif vma.hugetlb:
+        why, hint = "no huge page is left", "raise /proc/sys/vm/nr_overcommit_hugepages"
+    elif vma.file:
+        why, hint = "beyond the end of the file", "ftruncate() the file to the size of its mapping"
+    else:
+        why, hint = "the page cannot be had", "see the vma, then go again"
+    return error(errno.EFAULT, f"{what}: {why}", addr=addr, mm=mm, hint=hint)
 
 
 def detected(mm: AddressSpace, start: int, end: int) -> None:

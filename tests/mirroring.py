@@ -40,7 +40,7 @@ def writable(pfns: PfnArray) -> list[bool]:
     return ((pfns & pm.HMM_PFN_WRITE) != 0).tolist()
 
 
-def whole(driver: Driver, buf: pm.Region, flags: int = FAULT) -> pm.Range:
+def whole(driver: pm.Mirror, buf: pm.Region, flags: int = FAULT) -> pm.Range:
     rng = driver.range(buf.addr, buf.addr + buf.size)
     rng.default_flags = flags
     return rng
