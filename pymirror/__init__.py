@@ -20,12 +20,24 @@ except ImportError as missing:
 if (_built := _ffi.string(_lib.pm_version()).decode()) != __version__:
     raise ImportError(f"the native shim is of version {_built}, pymirror is {__version__}; run: make build")
 
+from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from .device import Device, DeviceFault, FaultReason, StaleAccessError
 from .errors import FeatureError, MirrorError
 from .event import Event, Guarantee, MmuNotifierRange
 from .features import Features
-from .hmm import HMM_RANGE_DEFAULT_TIMEOUT, Hmm, Mirror, Range, hmm_range_fault, hmm_range_snapshot
+from .hmm import (
+    HMM_RANGE_DEFAULT_TIMEOUT,
+    Hmm,
+    Mirror,
+    Range,
+    hmm_device_entry_from_pfn,
+    hmm_device_entry_to_pfn,
+    hmm_range_fault,
+    hmm_range_snapshot,
+    hmm_vma_fault,
+    hmm_vma_range_done,
+)
 from .lock import DriverLock
 from .mm import AddressSpace
 from .notifier import CallbackError, IntervalNotifier, MmuNotifier
@@ -57,6 +69,7 @@ __all__ = [
     "MREMAP_FIXED",
     "MREMAP_MAYMOVE",
     "AddressSpace",
+    "Adopted",
     "CallbackError",
     "Device",
     "DeviceFault",
@@ -81,8 +94,12 @@ __all__ = [
     "StaleAccessError",
     "Vma",
     "__version__",
+    "hmm_device_entry_from_pfn",
+    "hmm_device_entry_to_pfn",
     "hmm_pfn_to_map_order",
     "hmm_pfn_to_pfn",
     "hmm_range_fault",
     "hmm_range_snapshot",
+    "hmm_vma_fault",
+    "hmm_vma_range_done",
 ]

@@ -110,6 +110,22 @@ def zaps(advice: int) -> bool:
     return advice in _ZAPS
 
 
+# Advice after which private memory reads as zeroes, or as its file has it.
+_DISCARDS = frozenset((MADV_DONTNEED, MADV_FREE, MADV_REMOVE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL))
+
+
+def discards(advice: int) -> bool:
+    """Whether the advice throws contents away."""
+    return advice in _DISCARDS
+
+
+def reapable(vmas: Iterable[Vma], start: int, end: int) -> Iterator[Interval]:
+    """What the OOM reaper zaps of [start, end), vma by vma: private, not hugetlb, not a device's."""
+    for vma in vmas:
+        if not (vma.shared or vma.hugetlb or vma.special):
+            yield max(vma.start, start), min(vma.end, end)
+
+
 def advised(vmas: Iterable[Vma], start: int, end: int, advice: int) -> Iterator[Interval]:
     """What a zapping madvise() changes: vma by vma, holes left out, up to the first vma that refuses."""
     for vma in vmas:

@@ -21,6 +21,7 @@ from typing import Any
 
 from . import features as _features
 from ._shim import ffi, lib
+from .adopt import Adoptions
 from .dump import dump
 from .errors import MirrorError, check
 from .event import Event, python_end
@@ -71,6 +72,7 @@ class AddressSpace(MemoryOperations):
         self.errors: deque[CallbackError] = deque(maxlen=_ERRORS_KEPT)
         self._mmap_lock = MmapLock()
         self._regions = RegionMap()
+        self._adoptions = Adoptions()
         self._closing = False
         self._teardown = threading.Lock()
         self.notifiers = NotifierSet(self)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from ._shim import ffi, lib
+from .adopt import Adoptions
 from .affected import PAGE_SIZE, USER_END
 from .errors import MirrorError, check
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end
@@ -30,6 +31,7 @@ class MmBase:
     pid: int
     _mmap_lock: MmapLock
     _regions: RegionMap
+    _adoptions: Adoptions
     _closed: bool = True  # until it is open
     _closing: bool
 
@@ -79,7 +81,7 @@ class MmBase:
         """
         self._check("invalidate")
         not_under_driver_lock("invalidate")
-        _check_pages("invalidate", start, end)
+        check_pages("invalidate", start, end)
         with self._invalidation(start, end, Event(event), owner, blockable, Guarantee(guarantee)) as change:
             yield change
 
@@ -91,7 +93,7 @@ class MmBase:
         userfaultfd is missing. EINVAL; EDEADLK in a callback.
         """
         self._check("watch")
-        _check_pages("watch", start, end)
+        check_pages("watch", start, end)
         end = min(end, USER_END)
         flags = lib.PM_WATCH_FILES if files else 0
         total, at = 0, start
@@ -140,14 +142,14 @@ class MmBase:
                     yield change
                 finally:
                     try:
-                        _end_native(begun)
+                        end_native(begun)
                     finally:
                         self.notifiers.deliver_end(change, token)
             finally:
-                _end_native(begun)
+                end_native(begun)
         finally:
             # Once more: Ctrl-C may have struck at the door of the others.
-            _end_native(begun)
+            end_native(begun)
 
     def _detected(self, start: int, end: int) -> None:
         """Deliver a change of [start, end) that was found by comparing page tables."""
@@ -187,7 +189,7 @@ class MmBase:
         )
 
 
-def _check_pages(what: str, start: int, end: int) -> None:
+def check_pages(what: str, start: int, end: int) -> None:
     """EINVAL unless [start, end) is an interval of whole pages, below 1 << 64."""
     if start % PAGE_SIZE == 0 and end % PAGE_SIZE == 0 and 0 <= start < end <= WHOLE_MM_END:
         return
@@ -195,7 +197,8 @@ def _check_pages(what: str, start: int, end: int) -> None:
     raise MirrorError(errno.EINVAL, wrong, hint="give page-aligned bytes, start below end")
 
 
-def _end_native(begun: Any) -> None:
+def end_native(begun: Any) -> None:
+    """End the invalidation in ``begun``, once: it is taken out."""
     # Between the mark and the call there is no point at which Python looks for signals.
     ended, begun[0] = begun[0], ffi.NULL
     if ended:

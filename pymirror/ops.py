@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, cast
 
 from . import affected
 from ._shim import ffi, lib
+from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, USER_END, Interval
 from .errors import MirrorError, check, error
-from .event import Event
+from .event import Event, Guarantee
 from .mapping import backing, check_mmap, map_memory
-from .mm_base import MmBase
+from .mm_base import MmBase, check_pages, end_native
 from .region import Piece, Region, make_region
 from .vma import find_vma
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from .mm import AddressSpace
 
 PROT_READ = _mmap.PROT_READ
@@ -84,14 +87,28 @@ class MemoryOperations(MmBase):
             self._watch_new(addr, addr + size)
         return region
 
-    def munmap(self, addr: int, size: int) -> None:
+    def adopt(self, buffer: Buffer) -> Adopted:
+        """Mirror memory that is there already: the whole pages inside a contiguous buffer. See Adopted.
+
+        A buffer export is held until it is closed or collected. Several adoptions may overlap. From here on
+        munmap(), madvise(), mremap() and oom_reap() refuse to throw its contents away (EBUSY) unless they
+        are given ``force=True``. EINVAL: no buffer, not contiguous, or no whole page in it.
+        """
+        self._check("adopt")
+        adopted = Adopted(cast("AddressSpace", self), buffer)
+        self._adoptions.add(adopted)
+        return adopted
+
+    def munmap(self, addr: int, size: int, *, force: bool = False) -> None:
         """Unmap [addr, addr + size), whatever is there, as munmap(2): event UNMAP. Views of it then fault.
 
-        EINVAL; ENOMEM (a vma would have to be split and the process has too many).
+        EINVAL; EBUSY (adopted memory, without ``force``); ENOMEM (a vma would have to be split and the
+        process has too many).
         """
         start, end = affected.check_span(self, "munmap", addr, size)
         with self._operation("munmap"):
             affected.check_huge_cuts(self, "munmap", start, end)
+            self._keep_adopted("munmap", start, end, force)
             self._unmap("munmap", start, end)
 
     def mprotect(self, addr: int, size: int, prot: int) -> None:
@@ -111,15 +128,17 @@ class MemoryOperations(MmBase):
                 ret = lib.pm_mprotect(self.native, start, end - start, prot)
                 self._check_range(ret, "mprotect", start, end)
 
-    def madvise(self, addr: int, size: int, advice: int) -> None:
+    def madvise(self, addr: int, size: int, advice: int, *, force: bool = False) -> None:
         """Give advice, as madvise(2): event CLEAR if it zaps or exchanges pages, else no event.
 
-        EINVAL; ENOMEM where part of it is a hole, after the rest was done; EACCES, EAGAIN, EBUSY of
-        madvise(2).
+        EINVAL; EBUSY where the contents of adopted memory would be lost, without ``force``; ENOMEM where
+        part of it is a hole, after the rest was done; EACCES, EAGAIN, EBUSY of madvise(2).
         """
         start, end = affected.check_span(self, "madvise", addr, size)
         advice = operator.index(advice)
         with self._operation("madvise", write=False):
+            if affected.discards(advice):
+                self._keep_adopted(f"madvise {advice}", start, end, force)
             change = self._zapped(start, end, advice) if affected.zaps(advice) else []
             with self._invalidating(change, Event.CLEAR):
                 ret = lib.pm_madvise(self.native, start, end - start, advice)
@@ -133,6 +152,7 @@ class MemoryOperations(MmBase):
         *,
         flags: int = MREMAP_MAYMOVE,
         new_addr: int | None = None,
+        force: bool = False,
     ) -> Region:
         """Resize or move, as mremap(2), and give a Region for the new place. The old keeps what is left.
 
@@ -140,12 +160,73 @@ class MemoryOperations(MmBase):
         is no event. MREMAP_DONTUNMAP leaves the old place mapped and empty. ``old_size`` 0 maps shared
         memory again.
 
-        EINVAL; EFAULT (a hole); ENOMEM (no room, or it may not move).
+        EINVAL; EFAULT (a hole); ENOMEM (no room, or it may not move); EBUSY where the old place or the
+        target holds adopted memory, without ``force``.
         """
         old = affected.check_span(self, "mremap", addr, old_size, empty=True)
         new_size, target = affected.check_mremap(self, old, new_size, flags, new_addr)
         with self._operation("mremap"):
+            self._keep_adopted("mremap", *old, force)
+            if flags & MREMAP_FIXED:
+                self._keep_adopted("mremap", target, target + new_size, force)
             return self._mremap(old, new_size, flags, target)
+
+    def oom_reap(self, start: int, end: int, *, force: bool = False) -> None:
+        """Reap the private memory of [start, end), vma by vma, as the kernel's OOM reaper does.
+
+        Each vma is a non-blockable invalidation, event UNMAP: a callback that would have to wait answers
+        False or -EAGAIN, and that vma is passed over. What is reaped reads as zeroes, or as the file has it;
+        shared, hugetlb and special memory is left alone.
+
+        EAGAIN: not all was reaped, go again. EINVAL; EBUSY (adopted memory, without ``force``).
+        """
+        check_pages("oom_reap", start, end)
+        start, end = affected.check_span(self, "oom_reap", start, end - start)
+        with self._operation("oom_reap", write=False):
+            self._keep_adopted("oom_reap", start, end, force)
+            reapable = list(affected.reapable(self._walk(start, end), start, end))
+            passed_over = [piece for piece in reapable if not self._reap(*piece)]
+        if not passed_over:
+            return
+        first, last = passed_over[0]
+        raise MirrorError(
+            errno.EAGAIN,
+            f"oom_reap: a callback would have had to wait, so [{first:#x}, {last:#x}) was not reaped"
+            f" ({len(passed_over)} of {len(reapable)} vmas)",
+            addr=first,
+            vma=self._vma_for_error(first),
+            hint="go again when the driver's lock is free",
+        )
+
+    def _reap(self, start: int, end: int) -> bool:
+        """False if a callback refused."""
+        try:
+            with self._invalidation(start, end, Event.UNMAP, blockable=False), self._claiming(start, end):
+                ret = lib.pm_madvise(self.native, start, end - start, affected.MADV_DONTNEED)
+                check(ret, "oom_reap", addr=start, mm=self)
+        except MirrorError as refused:
+            if refused.errno != errno.EAGAIN:
+                raise
+            return False
+        return True
+
+    @contextmanager
+    def _claiming(self, start: int, end: int) -> Iterator[None]:
+        """The REMOVE that the kernel tells of a zap is this operation's: no second event."""
+        begun, seq = ffi.new("pm_inv **"), ffi.new("uint64_t *")
+        try:
+            ret = lib.pm_invalidate_start(
+                self.native, start, end, Event.CLEAR, Guarantee.BEFORE.native, begun, seq
+            )
+            check(ret, f"invalidate [{start:#x}, {end:#x})")
+            lib.pm_invalidate_delivered(begun[0])
+            yield
+        finally:
+            end_native(begun)
+
+    def _keep_adopted(self, what: str, start: int, end: int, force: bool) -> None:
+        if not force:
+            self._adoptions.check(cast("AddressSpace", self), what, start, end)
 
     def _mremap(self, old: Interval, new_size: int, flags: int, target: int) -> Region:
         start, end = old

@@ -57,6 +57,8 @@ class World:
         self.seq = self.rng.fault()
         self.sub_seq = self.sub.read_begin()
         assert self.table.map(self.rng, self.seq)
+        self.array = np.ones(4 * PAGE, np.uint8)
+        self.own = mm.adopt(self.array)
 
     def state(self) -> dict[str, Any]:
         """All that a refused call must leave alone."""
@@ -128,6 +130,11 @@ CALLS = [
     _changes("AddressSpace.mprotect", lambda w: w.mm.mprotect(w.start, PAGE, mmap.PROT_READ)),
     _changes("AddressSpace.madvise", lambda w: w.mm.madvise(w.start, PAGE, mmap.MADV_DONTNEED)),
     _changes("AddressSpace.mremap", lambda w: w.mm.mremap(w.start, PAGE, PAGE, flags=5)),
+    _changes("AddressSpace.oom_reap", lambda w: w.mm.oom_reap(w.start, w.start + PAGE)),
+    Call("AddressSpace.adopt", lambda w: w.mm.adopt(w.array), DEADLK, OK, SRCH, SRCH),
+    Call("Adopted.close", lambda w: w.own.close(), DEADLK, DEADLK),
+    _looks("Adopted.closed", lambda w: w.own.closed),
+    _looks("Adopted.view", lambda w: w.own.view),
     _changes("AddressSpace.invalidate", lambda w: _enter(w.mm.invalidate(w.start, w.end))),
     _changes("AddressSpace.read_lock", lambda w: _enter(w.mm.read_lock())),
     _changes("AddressSpace.sync", lambda w: w.mm.sync()),
@@ -162,6 +169,7 @@ CALLS = [
     Call("Mirror.range", lambda w: w.driver.range(w.start, w.end), DEADLK),
     Call("Mirror.unregister", lambda w: w.driver.unregister(), DEADLK, DEADLK),
     _looks("Mirror.mm_is_alive", lambda w: w.driver.mm_is_alive()),
+    Call("Mirror.mm_down_read", lambda w: _enter(w.driver.mm_down_read()), DEADLK, DEADLK, INVAL, SRCH),
     _looks("Mirror.hmm", lambda w: w.driver.hmm),
     _looks("Mirror.registered", lambda w: w.driver.registered),
     _looks("Mirror.sync_cpu_device_pagetables", lambda w: None),
@@ -187,6 +195,10 @@ CALLS = [
         for name in ("pfn_flags_mask", "registered", "seq", "start", "sub", "valid")
     ),
     _changes("hmm_range_fault", lambda w: pm.hmm_range_fault(w.sub, w.start, w.end, _pfns(), seq=w.sub_seq)),
+    Call("hmm_vma_fault", lambda w: pm.hmm_vma_fault(w.rng), DEADLK, DEADLK, FAULT_ERRNO, SRCH),
+    Call("hmm_vma_range_done", lambda w: pm.hmm_vma_range_done(w.rng), DEADLK),
+    _looks("hmm_device_entry_to_pfn", lambda w: pm.hmm_device_entry_to_pfn(w.rng, w.rng.pfns)),
+    _looks("hmm_device_entry_from_pfn", lambda w: pm.hmm_device_entry_from_pfn(w.rng, 1)),
     Call("hmm_range_snapshot", lambda w: pm.hmm_range_snapshot(w.rng), DEADLK, DEADLK, FAULT_ERRNO, SRCH),
     Call("PageTable.map", lambda w: w.table.map(w.rng, w.seq), DEADLK),
     Call("PageTable.verify", lambda w: w.table.verify(w.start, w.end), DEADLK, OK, SRCH),
@@ -216,7 +228,8 @@ CALLS = [
 ]
 
 # What ends something comes last, so that the others find it there.
-CALLS.sort(key=lambda call: call.name.partition(".")[2] in ("unregister", "remove", "close"))
+_ENDS = ("unregister", "remove", "close")
+CALLS.sort(key=lambda call: call.name.endswith("range_done") or call.name.partition(".")[2] in _ENDS)
 
 #: Made by the library and given to callbacks: values.
 VALUES = {"DeviceFault", "MmuNotifierRange", "Vma", "CallbackError", "Features"}

@@ -54,6 +54,7 @@ INTERVALS: dict[str, Callable[[World, int, int], object]] = {
     "munmap": lambda w, start, end: w.mm.munmap(start, end - start),
     "mprotect": lambda w, start, end: w.mm.mprotect(start, end - start, 1),
     "madvise": lambda w, start, end: w.mm.madvise(start, end - start, mmap.MADV_DONTNEED),
+    "oom_reap": lambda w, start, end: w.mm.oom_reap(start, end),
     "mremap": lambda w, start, end: w.mm.mremap(start, end - start, 8 * PAGE),
 }
 #: From the start of the memory, in bytes. The operations round sizes up, as their system calls do.
