@@ -2,8 +2,9 @@
 /*
  * internal.h - what the files of the shim share.
  *
- * Lock order: registry lock, then a device lock (struct pm_mm.lock). The device lock is never held across a
- * system call that can raise a userfaultfd event, nor while mirrored memory is touched, nor over malloc.
+ * Lock order: registry lock, a device lock (struct pm_mm.lock), then the lock of an IOVA space. The device
+ * lock is never held across a system call that can raise a userfaultfd event, nor while mirrored memory is
+ * touched, nor over malloc.
  */
 #ifndef PM_INTERNAL_H
 #define PM_INTERNAL_H

@@ -335,6 +335,45 @@ int pm_access(pm_table *table, struct pm_access *access);
 int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start,
                     uint64_t *changed_end);
 
+/* IOVAs: the DMA addresses of a domain. */
+
+struct pm_iova_space;
+typedef struct pm_iova_space pm_iova_space;
+
+struct pm_iova_stats {
+    uint64_t live; /* given out and not freed */
+    uint64_t live_bytes;
+    uint64_t cached; /* freed, waiting in a magazine to be given out again */
+    uint64_t cached_bytes;
+    uint64_t reserved_bytes;
+    uint64_t unused_bytes;
+    uint64_t unused_runs; /* pieces that these are in */
+    uint64_t allocs, frees, failed;
+    uint64_t magazine_hits; /* allocations served by a magazine */
+    uint64_t memory;        /* bytes that the bookkeeping takes */
+};
+
+/*
+ * The IOVA space [first, last], whole pages, without page 0, which stands for "not mapped". -EINVAL when that
+ * is nothing. Calls take a lock of the space's own, the last of the lock order, and are -ESRCH in a forked
+ * child.
+ */
+int pm_iova_create(uint64_t first, uint64_t last, pm_iova_space **ret);
+void pm_iova_destroy(pm_iova_space *space);
+/* Never give out the pages of [first, last]. -EBUSY when some are live, -ENOSPC beyond 64 such windows. */
+int pm_iova_reserve(pm_iova_space *space, uint64_t first, uint64_t last);
+/*
+ * An IOVA of whole pages for size bytes, the highest that ends at limit_last or below, aligned to the size as
+ * rounded up to a power of two, at most to 1 GiB. Up to 32 pages that many are taken, too, and one freed
+ * lately is preferred. -ENOSPC, -ENOMEM, -EINVAL (size 0).
+ */
+int pm_iova_alloc(pm_iova_space *space, uint64_t size, uint64_t limit_last, uint64_t *ret);
+/* Give it back. -ENOENT when it is not live, -EINVAL when the size is another. */
+int pm_iova_free(pm_iova_space *space, uint64_t iova, uint64_t size);
+/* The bytes, in whole pages, asked for at that IOVA; -ENOENT when none starts there. */
+int64_t pm_iova_size(pm_iova_space *space, uint64_t iova);
+int pm_iova_stats(pm_iova_space *space, struct pm_iova_stats *ret);
+
 /*
  * The status page: a memfd named pymirror-status, for `pymirror inspect`. Whoever adds fields (there is room
  * up to one page) puts them at the end and gives the layout its next number.

@@ -2,7 +2,7 @@
 
 import importlib
 
-SUBJECTS = ("fault", "mm", "notifier", "device")
+SUBJECTS = ("fault", "mm", "notifier", "device", "iova")
 
 
 def load() -> None:
