@@ -8,7 +8,7 @@ LINTERS := $(VENV)/.linters
 SHIM := pymirror/_shim.abi3.so
 SHIM_SOURCES := $(wildcard native/*.[ch]) native/build_shim.py setup.py pymirror/_version.py
 C_FILES = $(wildcard native/*.[ch] native/tests/*.[ch])
-PY_DIRS = $(wildcard pymirror tests native examples benchmarks) setup.py
+PY_DIRS = $(wildcard pymirror tests native examples benchmarks) _pymirror_cli.py setup.py
 
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PIP += $(shell test -w "$${HOME:-/nonexistent}" || echo --no-cache-dir)
@@ -36,7 +36,7 @@ demo: build ## a driver racing the kernel, in a few seconds; DEMO_ARGS= adds opt
 lint: build $(LINTERS) ## ruff, mypy --strict, clang-format; changes nothing
 	@$(BIN)/ruff check -q $(PY_DIRS)
 	@$(BIN)/ruff format -q --check $(PY_DIRS) || { echo "make format puts these files right" >&2; exit 1; }
-	@$(BIN)/mypy --strict --no-error-summary pymirror
+	@$(BIN)/mypy --strict --no-error-summary pymirror _pymirror_cli.py
 	@$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 
 format: build $(LINTERS) ## put the layout of Python and C files right

@@ -1,10 +1,8 @@
-"""`python -m pymirror.cli`, and the console script `pymirror`."""
+"""`python -m pymirror.cli`: the console script `pymirror` without the script."""
 
 import sys
 
-from pymirror.cli.main import main
-
-__all__ = ["main"]
+from _pymirror_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

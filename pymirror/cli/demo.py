@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pymirror.cli.demo_tables import print_report
 from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, size
+from pymirror.cli.text import console
 from pymirror.demo import Demo, Options, Report, Stop
 from pymirror.demo import runner as demo_runner
 
@@ -95,9 +95,9 @@ class DemoCommand:
 
 def _tables(report: Report) -> str:
     """In one piece: rich answers a closed pipe with an exit of its own."""
-    console = Console()
-    with console.capture() as capture:
-        print_report(console, report)
+    out = console()
+    with out.capture() as capture:
+        print_report(out, report)
     return capture.get()
 
 
@@ -128,8 +128,8 @@ def _stopping_at_signals(stop: Stop) -> Iterator[None]:
 @contextmanager
 def _progress() -> Iterator[demo_runner.Progress]:
     """Progress on standard error, if that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    errors = console(stderr=True)
+    if not errors.is_terminal:
         yield demo_runner.silent
         return
     columns = (
@@ -138,7 +138,7 @@ def _progress() -> Iterator[demo_runner.Progress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=errors, transient=True) as bars:
         task = bars.add_task("", total=1.0, note="")
 
         def show(phase: str, fraction: float, note: str) -> None:

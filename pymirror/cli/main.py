@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ exit codes:
 """
 
 COMMANDS = {
+    "inspect": ("pymirror.cli.inspect", "InspectCommand"),
     "demo": ("pymirror.cli.demo", "DemoCommand"),
     "replay": ("pymirror.cli.replay", "ReplayCommand"),
 }
@@ -73,6 +75,28 @@ def size(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """A finite number of seconds, 0 or more; an argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pymirror",
@@ -104,31 +128,49 @@ def _add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pymirror` with these arguments (default: sys.argv) and return the exit code."""
-    args = build_parser().parse_args(argv)
+    return run(build_parser(), argv)
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """The same with the parser that build_parser() made."""
+    name = ""
     try:
-        code: int = args.command.run(args)
-        sys.stdout.flush()
+        try:
+            args = parser.parse_args(argv)
+            name = args.name
+            return int(args.command.run(args))
+        finally:
+            sys.stdout.flush()
     except CommandError as error:
-        return _complain(args.name, error, error.exit_code)
+        return _complain(name, error, error.exit_code)
     except BrokenPipeError:
         _silence_stdout()
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        return _complain(args.name, error, EXIT_REFUSED)
+        return _complain(name, _text(error), EXIT_REFUSED)
     except MemoryError as error:
-        return _complain(args.name, f"out of memory: {error}", EXIT_REFUSED)
+        return _complain(name, f"out of memory: {error}", EXIT_REFUSED)
     except KeyboardInterrupt:
-        return _complain(args.name, "interrupted", EXIT_INTERRUPTED)
-    return code
+        return _complain(name, "interrupted", EXIT_INTERRUPTED)
 
 
 def _complain(name: str, what: object, code: int) -> int:
-    print(f"pymirror {name}: {what}", file=sys.stderr)
+    print(f"pymirror {name}: {what}" if name else f"pymirror: {what}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence_stdout()
     return code
 
 
+def _text(error: OSError) -> str:
+    """Without `[Errno 2]`: what pymirror raises names the errno itself."""
+    text = error.strerror or str(error)
+    return text if error.filename is None else f"{text}: {error.filename}"
+
+
 def _silence_stdout() -> None:
-    """The interpreter flushes stdout once more at exit, which would complain about the closed pipe."""
+    """The interpreter flushes stdout once more at exit, and would complain about the pipe or the disk."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -22,6 +22,11 @@ class ReplayCommand:
     not what was recorded: these are marked `host`, and --show prints that evidence. The exit code is 1 when
     anything else differs.
 
+    examples:
+      pymirror replay tests/golden/cpu.jsonl
+      pymirror replay tests/golden/cpu.jsonl --show 12
+      pymirror replay tests/golden/*.jsonl --json | jq .differ
+
     --json prints one object: scenarios, equal, unsupported, differ (how many scenarios differ in each field)
     and different (their ids).
     """
