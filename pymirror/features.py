@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ _ABSENT = {
     errno.ENODEV,
     errno.ENXIO,
 }
+
+
+_NO_ROOM = {errno.EMFILE, errno.ENFILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,15 +297,35 @@ def from_native(found: Any, disabled: int) -> Features:
 
 def _reason(feature: Feature, why: int) -> str:
     text = f"{errno_name(why)} ({os.strerror(why)})"
+    if _proc_is_missing(feature, why):
+        return f"/proc is not mounted: {text}"
     if why in _ABSENT:
         return f"this kernel has not got it: {text}; it came with Linux {feature.since}, {feature.config}"
     return f"refused: {text}"
 
 
+def _proc_is_missing(feature: Feature, why: int) -> bool:
+    return feature.grant == _PROC and why == errno.ENOENT and not os.path.exists("/proc/self")
+
+
 def _command(feature: Feature, why: int) -> str:
-    if why in _ABSENT:
+    if why in _NO_ROOM:
+        return "ulimit -n 4096   # or close descriptors"
+    if why == errno.ENOMEM:
+        return memlock_command() if feature.name == "io_uring" else "free some memory"
+    if why in _ABSENT and not _proc_is_missing(feature, why):
         return f"boot Linux {feature.since} or newer built with {feature.config}"
     return feature.grant.replace("{python}", _interpreter())
+
+
+def memlock_command() -> str:
+    """The shell's command that lets more memory be pinned."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if hard == resource.RLIM_INFINITY:
+        return "ulimit -l unlimited"
+    if hard > soft:
+        return f"ulimit -l {hard >> 10}   # in KiB; beyond it: sudo prlimit --pid $$ --memlock=unlimited"
+    return "sudo prlimit --pid $$ --memlock=unlimited"
 
 
 def _interpreter() -> str:

@@ -36,6 +36,7 @@ exit codes:
 """
 
 COMMANDS = {
+    "doctor": ("pymirror.cli.doctor", "DoctorCommand"),
     "inspect": ("pymirror.cli.inspect", "InspectCommand"),
     "demo": ("pymirror.cli.demo", "DemoCommand"),
     "replay": ("pymirror.cli.replay", "ReplayCommand"),
