@@ -40,6 +40,7 @@ COMMANDS = {
     "inspect": ("pymirror.cli.inspect", "InspectCommand"),
     "demo": ("pymirror.cli.demo", "DemoCommand"),
     "replay": ("pymirror.cli.replay", "ReplayCommand"),
+    "completion": ("pymirror.cli.completion", "CompletionCommand"),
 }
 
 
