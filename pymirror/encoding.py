@@ -115,9 +115,12 @@ class EntryForm:
         self.pfns[:] = found if self.encoding is None else self.encoding.results(found)
 
     def special(self, first: int, last: int) -> None:
-        """The 4 KiB pages [first, last) of the range are a device's or the kernel's own."""
-        if self.encoding is not None:
-            self.pfns[first // self.per_entry : last // self.per_entry] = self.encoding.values[VALUE_SPECIAL]
+        """Of the 4 KiB pages [first, last) of the range, those that hold no PFN are of a special vma."""
+        if self.encoding is None:
+            return
+        absent = (self.pages[first : last : self.per_entry] & np.uint64(HMM_PFN_VALID)) == 0
+        entries = self.pfns[first // self.per_entry : last // self.per_entry]
+        entries[absent] = self.encoding.values[VALUE_SPECIAL]
 
 
 def encoding_of(

@@ -15,6 +15,7 @@ from .encoding import EntryForm
 from .errors import MirrorError, check
 from .lock import not_in_callback
 from .notifier import KIND_RANGE, wait_read_begin
+from .pfn import HMM_PFN_ERROR
 from .walk import FAULT, FAULT_NOBLOCK, PAGE_SHIFT, SNAPSHOT, check_interval, walk_error
 
 if TYPE_CHECKING:
@@ -256,7 +257,12 @@ class Range:
         self._form.to_native()
         ret = int(lib.pm_walk(self._native_mm, self._walk))
         self._form.from_native()
+        if self.encoding is not None and (ret == -errno.EFAULT or (ret == 0 and self._has_errors())):
+            self._mark_special(self._form, self._walk.fail_start if ret else self.end)
         return ret
+
+    def _has_errors(self) -> bool:
+        return bool((self._pages & np.uint64(HMM_PFN_ERROR)).any())
 
     def _check_hugetlb(self, what: str) -> None:
         for vma in self.mm.vmas(self.start, self.end):
@@ -302,16 +308,14 @@ class Range:
     def _failed(self, what: str, ret: int) -> MirrorError:
         if ret == -errno.ESRCH and self._hmm is not None:
             self._hmm.check_alive(what)
-        if ret == -errno.EFAULT and self._form is not None:
-            self._mark_special(self._form, self._walk.fail_start)
         return walk_error(self.mm, self._walk, ret, what)
 
-    def _mark_special(self, form: EntryForm, addr: int) -> None:
-        """hmm_pfns_special(): a failure in a special vma shows in its entries."""
-        vma = self.mm._vma_for_error(addr)
-        if vma is not None and vma.special:
-            last = min(vma.end, self.end)
-            form.special((addr - self.start) >> PAGE_SHIFT, (last - self.start) >> PAGE_SHIFT)
+    def _mark_special(self, form: EntryForm, last: int) -> None:
+        """hmm_pfns_special(): of the special vmas up to the one that holds ``last``, the entries say so."""
+        for vma in self.mm._walk(self.start, self.end):
+            if vma.special and vma.start <= last:
+                first, end = max(vma.start, self.start), min(vma.end, self.end)
+                form.special((first - self.start) >> PAGE_SHIFT, (end - self.start) >> PAGE_SHIFT)
 
 
 def _new_array(npages: int) -> PfnArray:

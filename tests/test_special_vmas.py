@@ -84,6 +84,35 @@ def test_the_drivers_own_value_for_special_stands_in_its_entries(driver: Driver,
             assert set(rng.pfns.tolist()) == {SPECIAL}
 
 
+def test_special_also_where_nothing_is_asked_for(driver: Driver, special: pm.Vma) -> None:
+    with driver.range(special.start, special.end, **OWN) as rng:
+        rng.fault()
+        assert set(rng.pfns.tolist()) == {SPECIAL}
+
+
+def test_beside_ordinary_pages_only_the_special_ones_say_so(mm: pm.AddressSpace, driver: Driver) -> None:
+    kernels = [vma for vma in mm.vmas() if vma.name.startswith(("[vvar", "[vdso"))]
+    start, end = kernels[0].start, kernels[-1].end
+    expected = [mm.vma_lookup(addr) for addr in range(start, end, PAGE)]
+    assert {vma.special for vma in expected if vma} == {True, False}
+    with driver.range(start, end, **OWN) as rng:
+        rng.fault()
+        for vma, entry in zip(expected, rng.pfns.tolist(), strict=True):
+            assert (entry == SPECIAL) == (vma is not None and vma.special)
+            assert (entry == ERROR) == (vma is None)
+
+
+def test_an_error_without_a_request_is_the_drivers_error_value(mm: pm.AddressSpace, driver: Driver) -> None:
+    buf = mm.mmap(3 * PAGE)
+    memoryview(buf).cast("B")[0] = 1
+    start = buf.addr
+    mm.munmap(start + PAGE, PAGE)
+    with driver.range(start, start + 3 * PAGE, **OWN) as rng:
+        rng.fault()
+        assert rng.pfns[0] & np.uint64(1)
+        assert rng.pfns[1:].tolist() == [ERROR, NONE]
+
+
 def test_a_hole_is_not_special(mm: pm.AddressSpace, driver: Driver) -> None:
     buf = mm.mmap(2 * PAGE)
     mm.munmap(buf.addr, PAGE)
