@@ -77,6 +77,21 @@ def test_what_a_device_writes_is_in_the_owners_array(mm: pm.AddressSpace) -> Non
     assert room[10:31].tobytes() == b"written by the device"
 
 
+def test_a_device_cannot_write_where_the_vma_forbids_it(mm: pm.AddressSpace) -> None:
+    with (
+        mmap.mmap(-1, 2 * PAGE, prot=mmap.PROT_READ) as owner,
+        mm.adopt(owner) as own,
+        Driver(mm) as driver,
+        driver.range(own.addr, own.addr + PAGE) as rng,
+    ):
+        assert own.readonly
+        rng.default_flags = WRITE
+        assert errno_of(rng.fault) == errno.EPERM
+        rng.default_flags, rng.pfn_flags_mask = pm.HMM_PFN_REQ_FAULT, 0
+        assert driver.device.page_table.map(rng, rng.fault())
+        assert driver.device.read(mm, own.addr, PAGE) == bytes(PAGE)
+
+
 @pytest.mark.parametrize(
     ("buffer", "why"),
     [

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import pymirror as pm
 
-PAGE = (Path(__file__).parent.parent / "docs" / "hmm-5.1.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "hmm-5.1.md").read_text()
 SERIES = re.findall(
     r"\w+",
     """
@@ -43,3 +46,20 @@ def test_each_method_of_ours_exists() -> None:
         named = {match[1] for match in re.finditer(rf"`{owner}\.(\w+)", PAGE)}
         assert named
         assert [name for name in named if not hasattr(getattr(pm, owner), name)] == []
+
+
+def test_the_example_shows_what_the_valid_flag_does_not_see() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "valid_flag_aba.py")],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    said = dict(re.findall(r"^  (.+?): +(True|False)$", done.stdout, re.MULTILINE))
+    assert said == {
+        "5.1's flag says valid": "True",
+        "the sequence says valid": "False",
+        "programming is refused": "True",
+        "looked at again, it maps": "True",
+    }
