@@ -379,7 +379,7 @@ int pm_iova_stats(pm_iova_space *space, struct pm_iova_stats *ret);
  * up to one page) puts them at the end and gives the layout its next number.
  */
 
-enum { PM_STATUS_LAYOUT = 2, PM_STATUS_INVS = 16, PM_STATUS_WATCHED = 64 };
+enum { PM_STATUS_LAYOUT = 3, PM_STATUS_INVS = 16, PM_STATUS_WATCHED = 64, PM_STATUS_WAITS = 4 };
 
 struct pm_status_inv {
     uint64_t start, end, since_ns;
@@ -390,6 +390,13 @@ struct pm_status_inv {
 
 struct pm_status_range {
     uint64_t start, end;
+};
+
+/* A thread that waits for a lock of the program above. */
+struct pm_status_wait {
+    uint64_t since_ns, held_since_ns; /* since_ns 0: none */
+    uint32_t tid, holder_tid;         /* holder_tid 0: unknown */
+    char lock[40];
 };
 
 enum pm_dispatch_state {
@@ -428,10 +435,15 @@ struct pm_status {
     uint32_t watched_ranges;
     uint64_t lock_addr; /* of the device lock's futex: a thread that sleeps there waits for the lock */
     struct pm_status_range watched[PM_STATUS_WATCHED]; /* the first of watched_ranges, by address */
+    struct pm_status_wait wait[PM_STATUS_WAITS];       /* some of the waits for the program's own locks */
 };
 
 /* The fd of the status page, -ENOENT if it could not be made. */
 int pm_mm_status_fd(const pm_mm *mm);
+
+/* Show these waits, and no others, on the status page. Takes no lock; -ESRCH, -EINVAL beyond PM_STATUS_WAITS.
+ */
+int pm_status_waits(pm_mm *mm, const struct pm_status_wait *waits, uint32_t n);
 
 /* Give the calling thread a name that /proc and debuggers show, cut to 15 bytes. */
 void pm_thread_name(const char *name);

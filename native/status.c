@@ -162,6 +162,24 @@ void pm_status_update(struct pm_mm *mm)
     write_active(mm, status);
 }
 
+int pm_status_waits(pm_mm *mm, const struct pm_status_wait *waits, uint32_t n)
+{
+    int err;
+
+    if (n > PM_STATUS_WAITS)
+        return -EINVAL;
+    /* The page stays mapped while its user count is not 0. */
+    err = pm_mm_enter(mm);
+    if (err)
+        return err;
+    if (mm->status) {
+        memset(mm->status->wait, 0, sizeof(mm->status->wait));
+        memcpy(mm->status->wait, waits, n * sizeof(*waits));
+    }
+    pm_mm_exit(mm);
+    return 0;
+}
+
 int pm_mm_status_fd(const pm_mm *mm)
 {
     return mm->status_fd >= 0 ? mm->status_fd : -ENOENT;

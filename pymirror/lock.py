@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import waiting
 from .errors import MirrorError
 
 #: Waits go in slices of so many seconds: a signal that comes just before a thread goes to sleep does not wake
@@ -73,9 +74,9 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
                 hint="do not call what takes the lock while holding it",
             )
         try:
-            while not super().acquire(timeout=timeout if timeout >= 0 else SLICE):
-                if timeout >= 0:
-                    return False
+            had = super().acquire(timeout=SLICE if timeout < 0 else min(timeout, SLICE))
+            if not had and not self._wait(timeout):
+                return False
             self.taken_by = threading.get_ident()
             self.since_ns = time.monotonic_ns()
             _thread.taken = [*(lock for lock in held_here() if lock is not self), self]
@@ -84,6 +85,20 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
                 super().release()
             raise
         return True
+
+    def _wait(self, timeout: float) -> bool:
+        """After the first slice, in which it could not be had."""
+        since_ns = time.monotonic_ns() - int(SLICE * 1e9)
+        deadline = time.monotonic() + timeout - SLICE
+        try:
+            while timeout < 0 or time.monotonic() < deadline:
+                waiting.tell(self.name, since_ns, self.owner, self.since_ns)
+                left = SLICE if timeout < 0 else max(0.0, min(SLICE, deadline - time.monotonic()))
+                if super().acquire(timeout=left):
+                    return True
+            return False
+        finally:
+            waiting.over()
 
     def release(self) -> None:
         if not self.held:
@@ -302,17 +317,31 @@ class MmapLock:
 
     def _wait(self, what: str, timeout: float | None, free: Callable[[], bool]) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            if self._dead:
-                raise MirrorError(
-                    errno.ESRCH, f"{what}: the address space is closed", hint="open a new AddressSpace"
-                )
-            if free():
-                return
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise self._timed_out(what, timeout)
-            self._cond.wait(SLICE if left is None else min(left, SLICE))
+        since_ns, told = time.monotonic_ns(), False
+        try:
+            while not self._free_now(what, free):
+                if time.monotonic_ns() - since_ns >= SLICE * 1e9:
+                    told = True
+                    self._tell(since_ns)
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise self._timed_out(what, timeout)
+                self._cond.wait(SLICE if left is None else min(left, SLICE))
+        finally:
+            if told:
+                waiting.over()
+
+    def _free_now(self, what: str, free: Callable[[], bool]) -> bool:
+        if self._dead:
+            raise MirrorError(
+                errno.ESRCH, f"{what}: the address space is closed", hint="open a new AddressSpace"
+            )
+        return free()
+
+    def _tell(self, since_ns: int) -> None:
+        holders = sorted(self.holders(), key=lambda holder: holder[2])
+        how, ident, held_since_ns = holders[0] if holders else ("", None, 0)
+        waiting.tell(f"mmap lock ({how})" if how else "mmap lock", since_ns, ident, held_since_ns)
 
     def _timed_out(self, what: str, timeout: float | None) -> MirrorError:
         names = {thread.ident: thread.name for thread in threading.enumerate()}

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from . import features as _features
+from . import waiting
 from ._shim import ffi, lib
 from .adopt import Adoptions
 from .dump import dump
@@ -276,6 +277,7 @@ def _open_mms() -> list[AddressSpace]:
 
 
 before_fork(_open_mms)
+waiting.shown_by(lambda: [mm.native for mm in _open_mms()])
 
 
 @atexit.register

@@ -155,6 +155,47 @@ def access() -> None:
             stay()
 
 
+def mmap_lock() -> None:
+    """A reader that stays, and an operation that waits for it."""
+
+    def read(mm: pm.AddressSpace) -> None:
+        with mm.read_lock():
+            reading.set()
+            stay_in_thread()
+
+    reading = threading.Event()
+    with pm.AddressSpace() as mm:
+        reader = background(read, mm)
+        reading.wait()
+        say(reader, background(mm.mmap, PAGE))
+        stay()
+
+
+def driver_lock() -> None:
+    """A driver that holds its lock for ever, and a callback that waits for it."""
+
+    class Locking(Driver):
+        def sync_cpu_device_pagetables(self, update: pm.MmuNotifierRange) -> None:
+            with self.lock:
+                pass
+
+    def hold(driver: pm.Mirror) -> None:
+        with driver.lock:
+            holding.set()
+            stay_in_thread()
+
+    holding = threading.Event()
+    with pm.AddressSpace() as mm:
+        region = mm.mmap(PAGE)
+        driver = Locking(mm)
+        rng = driver.range(region.addr, region.addr + PAGE)
+        rng.register()
+        holder = background(hold, driver)
+        holding.wait()
+        say(holder, background(mm.munmap, region.addr, PAGE))
+        stay()
+
+
 def fault() -> None:
     """A page fault that another userfaultfd of the process leaves unserved."""
     with pm.AddressSpace() as mm:

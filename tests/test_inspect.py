@@ -24,7 +24,7 @@ from pymirror.cli.main import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_REFU
 from pymirror.inspection import Look, Thread, Watch, diagnose, look_at
 from pymirror.inspection import pages as pages_module
 from pymirror.inspection.procfs import Process
-from pymirror.inspection.status import Invalidation, Space
+from pymirror.inspection.status import Invalidation, Space, Wait
 
 RUN = (sys.executable, "-m", "pymirror.cli", "inspect")
 TARGET = Path(__file__).parent / "inspected.py"
@@ -209,6 +209,27 @@ def test_a_callback_of_an_operation_that_does_not_return() -> None:
         (running,) = report["spaces"][0]["invalidations"]
         assert (running["event"], running["tid"], running["callbacks_run"]) == ("UNMAP", tid, True)
         assert running["end"] - running["start"] == 4096
+
+
+def test_the_mmap_lock_names_who_holds_it_and_who_waits() -> None:
+    with target("mmap_lock") as one:
+        reader, writer = one.told
+        _, found = one.until(lambda _, found: "mmap lock" in found)
+        assert f"({writer}) has waited for the lock 'mmap lock (read)'" in found
+        assert f"held by python ({reader}) for" in found
+        _, report = one.cli()
+        (wait,) = report["locks"]
+        assert (wait["tid"], wait["holder_tid"]) == (writer, reader)
+        assert wait["held_s"] >= wait["age_s"] > 0
+
+
+def test_a_callback_that_waits_for_a_driver_lock_names_who_holds_it() -> None:
+    with target("driver_lock") as one:
+        holder, waiter = one.told
+        _, found = one.until(lambda _, found: "has waited for the lock" in found)
+        assert f"({waiter}) has waited for the lock 'Locking" in found
+        assert f"({holder}) for" in found
+        assert "a callback for UNMAP" in found
 
 
 def test_a_change_that_takes_long_is_slow_and_its_callbacks_have_returned() -> None:
@@ -408,7 +429,16 @@ def a_thread(tid: int, name: str, **more: Any) -> Thread:
 def a_space(**more: Any) -> Space:
     zero: dict[str, Any] = {name: 0 for name, kind in Space.__annotations__.items() if kind in ("int", int)}
     return Space(
-        **{**zero, "version": "0", "state": "open", "invalidations": (), "events": {}, "watched": (), **more}
+        **{
+            **zero,
+            "version": "0",
+            "state": "open",
+            "invalidations": (),
+            "events": {},
+            "watched": (),
+            "waits": (),
+            **more,
+        }
     )
 
 
@@ -437,6 +467,14 @@ def test_a_dispatcher_that_waits_for_the_device_lock_does_not_wait_for_the_gil()
     (found,) = diagnose(a_look(a_space(**away), a_thread(7, "pymirror-disp")))
     assert "GIL" in found.text
     assert diagnose(a_look(a_space(**away), a_thread(7, "someone-else"))) == []
+
+
+def test_a_wait_of_a_thread_that_has_ended_is_no_wait() -> None:
+    wait = Wait("d0", tid=7, since_ns=1, holder_tid=8, held_since_ns=1)
+    space = a_space(waits=(wait,))
+    assert diagnose(a_look(space, a_thread(8, "holder"))) == []
+    (found,) = diagnose(a_look(space, a_thread(7, "waiter"), a_thread(8, "holder")))
+    assert found.text == "waiter (7) has waited for the lock 'd0' for 10.0 s, held by holder (8) for 10.0 s"
 
 
 def test_a_debugger_is_named() -> None:

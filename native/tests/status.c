@@ -151,6 +151,23 @@ static void watched_ranges_are_listed(void)
         free_pages(mem + 2 * i * PAGE, 1);
 }
 
+static void waits_of_the_program_are_shown(void)
+{
+    struct pm_status_wait waits[PM_STATUS_WAITS + 1] = {
+        {.since_ns = 1, .tid = 2, .holder_tid = 3, .lock = "one"}, {.since_ns = 4, .tid = 5}};
+    pm_mm *mm = open_mm();
+
+    CHECK_EQ(pm_status_waits(mm, waits, PM_STATUS_WAITS + 1), -EINVAL);
+    CHECK_EQ(pm_status_waits(mm, waits, 2), 0);
+    CHECK(memcmp(look(mm).wait, waits, sizeof(waits[0]) * PM_STATUS_WAITS) == 0);
+    CHECK_EQ(pm_status_waits(mm, waits, 1), 0);
+    CHECK_EQ(look(mm).wait[0].holder_tid, 3);
+    CHECK_EQ(look(mm).wait[1].since_ns, 0);
+    CHECK_EQ(pm_mm_close(mm), 0);
+    CHECK_EQ(pm_status_waits(mm, waits, 1), -ESRCH);
+    pm_mm_put(mm);
+}
+
 static void a_thread_shows_its_name(void)
 {
     char before[16] = "", name[16] = "";
@@ -170,6 +187,7 @@ int main(int argc, char **argv)
         TEST(an_access_in_flight_shows_its_thread),
         TEST(whoever_takes_events_is_named),
         TEST(watched_ranges_are_listed),
+        TEST(waits_of_the_program_are_shown),
         TEST(a_thread_shows_its_name),
     };
 

@@ -48,6 +48,8 @@ class InspectCommand:
         notifiers, table_entries        numbers of notifiers and ranges, and of device page-table entries
         watched                         {ranges, bytes}
       userfaultfds                      list of {fd, pending, total}: faults unread, and faults not resolved
+      locks                             waits for the mmap lock and driver locks: list of {lock, tid, age_s,
+                                        holder_tid, held_s}
       waiting                           threads asleep in userfaultfd: list of {tid, thread, age_s, where}
       pages                             4 KiB pages of watched memory: total, looked_at, present, absent, and
                                         huge, zero, swapped, file among them (null: this kernel does not
@@ -98,6 +100,16 @@ def to_json(look: Look, found: list[Finding]) -> dict[str, Any]:
         "spaces": [_space_json(look, space) for space in look.spaces],
         "userfaultfds": [
             {"fd": one.fd, "pending": one.pending, "total": one.total} for one in look.userfaultfds
+        ],
+        "locks": [
+            {
+                "lock": one.lock,
+                "tid": _tid(look, one.tid),
+                "age_s": look.age_s(one.since_ns),
+                "holder_tid": _tid(look, one.holder_tid),
+                "held_s": _age(look, one.held_since_ns),
+            }
+            for one in look.waits()
         ],
         "waiting": [
             {
@@ -206,6 +218,7 @@ def _print(look: Look, found: list[Finding], clear: bool) -> None:
         lines.add("no problem seen", "green")
     for space in look.spaces:
         _space(lines, look, space)
+    _waits(lines, look)
     _pages(lines, look)
     _threads(lines, look)
     for line in look.unseen:
@@ -251,6 +264,26 @@ def _space(lines: Lines, look: Look, space: Space) -> None:
     lines.pair("watched", f"{space.watched_ranges} range(s), {space.watched_bytes:,} bytes")
 
 
+def _waits(lines: Lines, look: Look) -> None:
+    lines.add()
+    lines.add("waiting", "bold")
+    for one in look.waits():
+        by = f"{named(look, one.holder_tid)} for {_ago(look, one.held_since_ns)}"
+        lines.pair(
+            "lock",
+            f"{named(look, one.tid)} for {one.lock!r} for {_ago(look, one.since_ns)},"
+            f" held by {by if one.holder_tid else 'nobody who is known'}",
+        )
+    for thread in look.threads:
+        if thread.tid in look.asleep:
+            since = _ago(look, look.asleep[thread.tid])
+            lines.pair("userfaultfd", f"{thread.name} ({thread.tid}), seen there for {since}: {thread.where}")
+    for fd in look.userfaultfds:
+        lines.pair("userfaultfd", f"fd {fd.fd}: {fd.pending} fault(s) unread, {fd.total} not resolved")
+    if not (look.waits() or look.asleep or look.userfaultfds):
+        lines.pair("nothing", "no thread waits for a lock or a fault, as far as can be seen")
+
+
 def _ago(look: Look, since_ns: int) -> str:
     return f"{look.age_s(since_ns):.1f} s"
 
@@ -292,8 +325,6 @@ def _pages(lines: Lines, look: Look) -> None:
     for name in ("present", "absent", "huge", "zero", "swapped", "file"):
         number = getattr(pages, name)
         lines.pair(name, "unknown on this kernel" if number is None else f"{number:,}")
-    for one in look.userfaultfds:
-        lines.pair("userfaultfd", f"fd {one.fd}: {one.pending} fault(s) unread, {one.total} not resolved")
 
 
 def _threads(lines: Lines, look: Look) -> None:

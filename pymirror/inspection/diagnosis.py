@@ -33,7 +33,7 @@ def diagnose(look: Look, after_s: float = 2.0) -> list[Finding]:
     """What has been waiting for ``after_s`` seconds or more; [] when nothing has."""
     if look.process.state in ("T", "t"):
         return [_stopped(look)]
-    found: list[Finding] = []
+    found: list[Finding] = list(_waits(look, after_s))
     for space in look.spaces:
         if not space.inherited_from:
             found += _space(look, space, after_s)
@@ -56,6 +56,20 @@ def _stopped(look: Look) -> Finding:
     if tracer:
         return Finding("STOPPED", f"process {tracer} traces it, and has stopped it", "continue it there")
     return Finding("STOPPED", "a signal has stopped the process; nothing in it runs", f"kill -CONT {pid}")
+
+
+def _waits(look: Look, after_s: float) -> Iterator[Finding]:
+    for one in look.waits():
+        age = look.age_s(one.since_ns)
+        if age < after_s:
+            continue
+        held = f"held by {named(look, one.holder_tid)} for {look.age_s(one.held_since_ns):.1f} s"
+        yield Finding(
+            "HUNG",
+            f"{named(look, one.tid)} has waited for the lock {one.lock!r} for {age:.1f} s,"
+            f" {held if one.holder_tid else 'held by nobody who is known'}",
+            _debug(look, one.holder_tid or one.tid),
+        )
 
 
 def _space(look: Look, space: Space, after_s: float) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from . import procfs
 from .pages import Pages, count
 from .procfs import Process, Thread, Userfaultfd
-from .status import Space, spaces
+from .status import Space, Wait, spaces
 
 #: Between two looks at the threads that sleep in userfaultfd: they are served in microseconds, or in 0.1 s
 #: where the monitor waits for a device write.
@@ -39,6 +39,11 @@ class Look:
         """The thread that calls itself ``ns_tid``, None when it has ended."""
         return next((thread for thread in self.threads if thread.ns_tid == ns_tid), None)
 
+    def waits(self) -> list[Wait]:
+        """The waits for locks of Python's, each once: every address space tells all of them."""
+        every = (one for space in self.spaces if not space.inherited_from for one in space.waits)
+        return [one for one in dict.fromkeys(every) if self.thread(one.tid)]
+
     def concerned(self) -> list[Thread]:
         """All threads where they are few, else the main one and who holds, runs or waits for something."""
         if len(self.threads) <= _FEW_THREADS:
@@ -48,6 +53,7 @@ class Look:
         for space in self.spaces:
             tids |= {space.lock_tid, space.monitor_tid, space.dispatch_tid, space.inflight_tid}
             tids |= {one.tid for one in space.invalidations}
+            tids |= {tid for one in space.waits for tid in (one.tid, one.holder_tid)}
             locks.add((procfs.FUTEX, space.lock_addr))
         return [
             thread

@@ -48,6 +48,17 @@ class Invalidation:
 
 
 @dataclass(frozen=True, slots=True)
+class Wait:
+    """A thread that waits for a lock of Python's: a driver lock, by its name, or the mmap lock."""
+
+    lock: str
+    tid: int
+    since_ns: int
+    holder_tid: int
+    held_since_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Space:
     """One address space. Times are of CLOCK_MONOTONIC of that process, in ns, 0: not so now; tids its own."""
 
@@ -81,6 +92,7 @@ class Space:
     watched_bytes: int
     watched_ranges: int
     watched: tuple[tuple[int, int], ...]
+    waits: tuple[Wait, ...]
 
 
 _AS_IT_IS = (
@@ -168,13 +180,14 @@ def _decode(process: Process, fd: int, status: Any) -> Space:
     ranges = min(status.watched_ranges, lib.PM_STATUS_WATCHED)
     return Space(
         fd=fd,
-        version=ffi.string(status.version).decode(errors="replace"),
+        version=ffi.string(status.version, len(status.version)).decode(errors="replace"),
         inherited_from=0 if status.pid == process.ns_pid else status.pid,
         state=STATES.get(status.state, "?"),
         invalidations=tuple(_invalidation(one) for one in status.inv if one.since_ns),
         events={event.name: status.events[event] for event in Event},
         notifiers=status.subs,
         watched=tuple((one.start, one.end) for one in status.watched[0:ranges]),
+        waits=tuple(_wait(one) for one in status.wait if one.since_ns),
         **{name: getattr(status, name) for name in _AS_IT_IS},
     )
 
@@ -188,6 +201,16 @@ def _invalidation(one: Any) -> Invalidation:
         since_ns=one.since_ns,
         tid=one.tid,
         undelivered=bool(one.undelivered),
+    )
+
+
+def _wait(one: Any) -> Wait:
+    return Wait(
+        lock=ffi.string(one.lock, len(one.lock)).decode(errors="replace"),
+        tid=one.tid,
+        since_ns=one.since_ns,
+        holder_tid=one.holder_tid,
+        held_since_ns=one.held_since_ns,
     )
 
 
