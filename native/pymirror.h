@@ -374,6 +374,33 @@ int pm_iova_free(pm_iova_space *space, uint64_t iova, uint64_t size);
 int64_t pm_iova_size(pm_iova_space *space, uint64_t iova);
 int pm_iova_stats(pm_iova_space *space, struct pm_iova_stats *ret);
 
+/* What the DMA API's bookkeeping asks. */
+
+enum pm_area {
+    PM_AREA_STACK = 1,  /* the calling thread's, or the main thread's */
+    PM_AREA_TEXT = 2,   /* can be executed */
+    PM_AREA_RODATA = 4, /* read-only, of a file that is mapped as code right beside it */
+    PM_AREA_READONLY = 8,
+    PM_AREA_HOLE = 16 /* a part of it is not mapped */
+};
+
+/* What kinds of memory are in [addr, addr + len): bits of enum pm_area. */
+int pm_memory_area(uint64_t addr, uint64_t len);
+
+struct pm_spans;
+typedef struct pm_spans pm_spans;
+struct pm_span;
+typedef struct pm_span pm_span;
+
+/* A set of intervals [start, last] with cookies, under a lock of its own. -ESRCH in a forked child. */
+int pm_spans_create(pm_spans **ret);
+void pm_spans_destroy(pm_spans *spans);
+/* `other` becomes the cookie of one that was there and overlaps, 0 without one. */
+int pm_spans_add(pm_spans *spans, uint64_t start, uint64_t last, uint64_t cookie, pm_span **ret,
+                 uint64_t *other);
+/* Frees the span. */
+int pm_spans_remove(pm_spans *spans, pm_span *span);
+
 /*
  * The status page: a memfd named pymirror-status, for `pymirror inspect`. Whoever adds fields (there is room
  * up to one page) puts them at the end and gives the layout its next number.
