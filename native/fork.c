@@ -6,7 +6,7 @@
  * that are watched (a device maps no other), in one piece between each two of them, begun before it and ended
  * after it. The device lock is not held in between, since fork() waits for the monitor, which needs it. The
  * child has none of the threads: it closes the descriptors, which would keep the parent's registrations
- * alive, and its contexts are dead.
+ * and pins alive, and its contexts are dead.
  */
 #include <string.h>
 
@@ -75,6 +75,8 @@ static void child_mm(struct pm_mm *mm)
     child_close(mm->maps_fd);
     child_close(mm->pagemap_fd);
     child_close(mm->status_fd);
+    child_close(mm->ring_fd);
+    child_close(mm->stage_fd);
 }
 
 static void prepare(void)

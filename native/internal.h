@@ -2,9 +2,9 @@
 /*
  * internal.h - what the files of the shim share.
  *
- * Lock order: registry lock, a device lock (struct pm_mm.lock), then the lock of an IOVA space. The device
- * lock is never held across a system call that can raise a userfaultfd event, nor while mirrored memory is
- * touched, nor over malloc.
+ * Lock order: the ring lock of an mm, registry lock, a device lock (struct pm_mm.lock), then the lock of an
+ * IOVA space. The device lock is never held across a system call that can raise a userfaultfd event, nor
+ * while mirrored memory is touched, nor over malloc.
  */
 #ifndef PM_INTERNAL_H
 #define PM_INTERNAL_H
@@ -30,6 +30,7 @@ enum {
 };
 
 #define PM_HUGE_SIZE ((uint64_t)PM_HUGE_PAGES << PM_PAGE_SHIFT)
+#define PM_USER_END (1ULL << 47)
 
 #define PM_PFN_VALID (1ULL << 63)
 #define PM_PFN_WRITE (1ULL << 62)
@@ -84,6 +85,7 @@ int pm_sys_close(int fd);
 ssize_t pm_sys_read(int fd, void *buf, size_t len);
 ssize_t pm_sys_write(int fd, const void *buf, size_t len);
 ssize_t pm_sys_pread(int fd, void *buf, size_t len, uint64_t offset);
+ssize_t pm_sys_pwrite(int fd, const void *buf, size_t len, uint64_t offset);
 int pm_sys_nofile(const struct rlimit *set, struct rlimit *old); /* counted as open */
 int pm_sys_ioctl(int fd, unsigned long request, void *arg);
 int pm_sys_poll(struct pollfd *fds, nfds_t n, int timeout_ms);
@@ -102,8 +104,9 @@ ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len);        /* of this
 ssize_t pm_sys_vm_writev(const void *buf, uint64_t addr, size_t len); /* of this process */
 int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg); /* with every signal blocked */
 void *pm_sys_calloc(size_t n, size_t size);                           /* NULL on failure */
-int pm_sys_io_uring_setup(unsigned entries, void *params);            /* counted as open */
-int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count); /* counted as ioctl */
+int pm_sys_io_uring_setup(unsigned entries, void *params);
+int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count);
+int pm_sys_io_uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags, void *arg, size_t len);
 void pm_sys_name_thread(const char *name); /* the calling one; cannot fail, not counted */
 int pm_gettid(void);
 uint64_t pm_now_ns(void);        /* CLOCK_MONOTONIC */
@@ -220,6 +223,10 @@ struct pm_mm {
     uint64_t delivering_ns;  /* ... since then */
     uint64_t queued_total, done_total;
 
+    pthread_mutex_t ring_lock; /* orders pins and what goes through them; see ring.h */
+    struct pm_ring *ring;      /* from the first pin on; under the ring lock */
+    int ring_fd, stage_fd;     /* ... and the registry lock, for the child of a fork */
+
     pthread_mutex_t watch_lock;     /* orders watch and unwatch; never taken by the monitor */
     struct pm_watch_range *watched; /* sorted, disjoint; under the device lock */
     uint32_t nwatched, watched_cap;
@@ -311,6 +318,9 @@ uint32_t pm_watch_shared(struct pm_mm *mm, struct pm_watch_range *ret, uint32_t 
 /* monitor.c */
 int pm_monitor_start(struct pm_mm *mm);
 void pm_monitor_stop(struct pm_mm *mm);
+
+/* pin.c */
+void pm_pins_close(struct pm_mm *mm); /* all pages go back, and the ring goes */
 
 /* fork.c */
 int pm_fork_install(void); /* pthread_atfork, once a process */

@@ -134,6 +134,46 @@ struct pm_abi_procmap_query {
 
 #define PM_ABI_PROCMAP_QUERY _IOWR('f', 17, struct pm_abi_procmap_query)
 
+/* io_uring: what registers single buffers in a table of empty slots (5.19), and waits with a time-out. */
+#define PM_ABI_IORING_UNREGISTER_BUFFERS 1
+#define PM_ABI_IORING_REGISTER_BUFFERS2 15
+#define PM_ABI_IORING_REGISTER_BUFFERS_UPDATE 16
+#define PM_ABI_IORING_RSRC_REGISTER_SPARSE (1U << 0)
+#define PM_ABI_IORING_OP_READ_FIXED 4
+#define PM_ABI_IORING_OP_WRITE_FIXED 5
+#define PM_ABI_IORING_ENTER_GETEVENTS (1U << 0)
+#define PM_ABI_IORING_ENTER_EXT_ARG (1U << 3)
+#define PM_ABI_IORING_FEAT_SINGLE_MMAP (1U << 0)
+#define PM_ABI_IORING_FEAT_EXT_ARG (1U << 8)
+#define PM_ABI_IORING_OFF_SQ_RING 0
+#define PM_ABI_IORING_OFF_SQES 0x10000000ULL
+#define PM_ABI_IORING_MAX_BUFFERS (1U << 14)
+#define PM_ABI_IORING_BUFFER_MAX (1ULL << 30) /* bytes of one registered buffer */
+
+struct pm_abi_rsrc_register {
+    uint32_t nr;
+    uint32_t flags;
+    uint64_t resv2;
+    uint64_t data;
+    uint64_t tags;
+};
+
+struct pm_abi_rsrc_update2 {
+    uint32_t offset;
+    uint32_t resv;
+    uint64_t data; /* address of an array of struct iovec; an empty one drops the buffer */
+    uint64_t tags;
+    uint32_t nr;
+    uint32_t resv2;
+};
+
+struct pm_abi_getevents_arg {
+    uint64_t sigmask;
+    uint32_t sigmask_sz;
+    uint32_t pad;
+    uint64_t ts; /* address of two int64_t: seconds, nanoseconds */
+};
+
 /* madvise(2), mremap(2), mmap(2) */
 #define PM_ABI_MADV_FREE 8
 #define PM_ABI_MADV_REMOVE 9
@@ -156,5 +196,8 @@ _Static_assert(sizeof(struct pm_abi_uffdio_move) == 40, "struct uffdio_move");
 _Static_assert(sizeof(struct pm_abi_uffdio_poison) == 32, "struct uffdio_poison");
 _Static_assert(sizeof(struct pm_abi_scan_arg) == 96, "struct pm_scan_arg");
 _Static_assert(sizeof(struct pm_abi_procmap_query) == 104, "struct procmap_query");
+_Static_assert(sizeof(struct pm_abi_rsrc_register) == 32, "struct io_uring_rsrc_register");
+_Static_assert(sizeof(struct pm_abi_rsrc_update2) == 32, "struct io_uring_rsrc_update2");
+_Static_assert(sizeof(struct pm_abi_getevents_arg) == 24, "struct io_uring_getevents_arg");
 
 #endif

@@ -222,6 +222,7 @@ static void retire(struct pm_mm *mm)
 
 static void free_mm(struct pm_mm *mm)
 {
+    pm_pins_close(mm);
     retire(mm);
     pthread_cond_destroy(&mm->idle);
     pthread_cond_destroy(&mm->drained);
@@ -229,6 +230,7 @@ static void free_mm(struct pm_mm *mm)
     pthread_cond_destroy(&mm->done);
     pthread_mutex_destroy(&mm->lock);
     pthread_mutex_destroy(&mm->watch_lock);
+    pthread_mutex_destroy(&mm->ring_lock);
     free(mm->watched);
     free(mm->queue);
     free(mm);
@@ -259,10 +261,12 @@ static void init_mm(struct pm_mm *mm, const struct pm_mm_options *opt)
     mm->disable = opt->disable;
     mm->queue_len = opt->queue_length ? opt->queue_length : PM_QUEUE_DEFAULT;
     mm->maps_fd = mm->pagemap_fd = mm->uffd = mm->wake_fd = mm->spare_fd = mm->status_fd = -1;
+    mm->ring_fd = mm->stage_fd = -1;
     atomic_init(&mm->refs, 1);
     atomic_init(&mm->seq, 2);
     pthread_mutex_init(&mm->lock, NULL);
     pthread_mutex_init(&mm->watch_lock, NULL);
+    pthread_mutex_init(&mm->ring_lock, NULL);
     pm_cond_init(&mm->idle);
     pm_cond_init(&mm->drained);
     pm_cond_init(&mm->queued);
@@ -353,6 +357,7 @@ int pm_mm_close(pm_mm *mm)
     if (!begin_close(mm))
         return 0;
     wait_for_users(mm);
+    pm_pins_close(mm);
     pthread_mutex_lock(&mm->watch_lock);
     pm_unwatch_all(mm);
     pm_monitor_stop(mm);

@@ -281,22 +281,29 @@ static int try_process_vm(struct probe *probe)
     return n == 1 ? 0 : -EOPNOTSUPP;
 }
 
-/* The buffer is unregistered before the close: the kernel tears a ring down later, and its pins with it. */
+/* One buffer in a table of empty slots. It is unregistered before the close: the kernel tears a ring down
+ * later, and its pins with it. */
 static int try_io_uring(struct probe *probe)
 {
     struct iovec buffer = {(void *)(uintptr_t)probe->scratch, PM_PAGE_SIZE};
+    struct pm_abi_rsrc_register table = {.nr = 1, .flags = PM_ABI_IORING_RSRC_REGISTER_SPARSE};
+    struct pm_abi_rsrc_update2 add = {.data = (uintptr_t)&buffer, .nr = 1};
     struct io_uring_params params;
-    int fd, err;
+    int fd, n;
 
     memset(&params, 0, sizeof(params));
     fd = pm_sys_io_uring_setup(1, &params);
     if (fd < 0)
         return fd;
-    err = pm_sys_io_uring_register(fd, IORING_REGISTER_BUFFERS, &buffer, 1);
-    if (!err)
-        pm_sys_io_uring_register(fd, IORING_UNREGISTER_BUFFERS, NULL, 0);
+    n = pm_sys_io_uring_register(fd, PM_ABI_IORING_REGISTER_BUFFERS2, &table, sizeof(table));
+    if (!n) {
+        n = pm_sys_io_uring_register(fd, PM_ABI_IORING_REGISTER_BUFFERS_UPDATE, &add, sizeof(add));
+        pm_sys_io_uring_register(fd, PM_ABI_IORING_UNREGISTER_BUFFERS, NULL, 0);
+    }
     pm_sys_close(fd);
-    return err;
+    if (n < 0)
+        return n;
+    return n == 1 ? 0 : -EOPNOTSUPP;
 }
 
 static int (*const probes[PM_FEAT_COUNT])(struct probe *) = {

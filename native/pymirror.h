@@ -335,6 +335,48 @@ int pm_access(pm_table *table, struct pm_access *access);
 int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start,
                     uint64_t *changed_end);
 
+/* Pins. */
+
+struct pm_pin;
+typedef struct pm_pin pm_pin;
+
+struct pm_pin_stats {
+    uint64_t pins;  /* made and not released */
+    uint64_t pages; /* that these hold */
+    uint64_t slots; /* of the ring's table, in use: one for each GiB, or part of it, of a pin */
+    uint64_t slots_max;
+    uint64_t slots_stuck; /* the kernel did not drop them: tried again at the next pin, and at close */
+    uint64_t made, released;
+    uint64_t read_bytes, write_bytes; /* through pins */
+};
+
+/*
+ * Pin the pages of [start, start + npages), all or none: a registered buffer of the mm's io_uring, which is
+ * FOLL_WRITE | FOLL_LONGTERM and charged to RLIMIT_MEMLOCK without CAP_IPC_LOCK. The pages stay what they are
+ * whatever is mapped at their addresses later. -EINVAL; -EFAULT (a hole, not writable, special, a shared
+ * mapping of a file on disk); -ENOMEM (memory or the limit); -ENOSPC (no slot is left); -EOPNOTSUPP; -ESRCH.
+ */
+int pm_pin_create(pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **ret);
+/*
+ * Give the pages back. Only the first call does: -EALREADY from then on. -EBUSY while it is held, -ESRCH when
+ * the mm was closed, which gave them back. Any other error: it is released, but the kernel still has
+ * pages, see slots_stuck.
+ */
+int pm_pin_release(pm_pin *pin);
+/* References keep the object; the last to go releases a pin that nobody released. */
+void pm_pin_get(pm_pin *pin);
+void pm_pin_put(pm_pin *pin);
+/* A hold keeps the pages from release, as long as they are mapped for DMA. -EALREADY, -ESRCH as release. */
+int pm_pin_hold(pm_pin *pin);
+void pm_pin_unhold(pm_pin *pin);
+/*
+ * Read or write the pinned pages, not what is mapped at their addresses now. Done bytes go to *done, also on
+ * an error: -EFAULT (`buf` is not there), -EINVAL (beyond the pin), -EALREADY, -ESRCH, -ETIMEDOUT: the kernel
+ * does not complete it. Calls of one mm take turns, a piece at a time.
+ */
+int pm_pin_access(pm_pin *pin, uint64_t offset, void *buf, uint64_t len, int write, uint64_t *done);
+int pm_pin_stats(pm_mm *mm, struct pm_pin_stats *ret);
+
 /* IOVAs: the DMA addresses of a domain. */
 
 struct pm_iova_space;
@@ -500,6 +542,10 @@ enum pm_sys {
     PM_SYS_MALLOC,
     PM_SYS_WRITE,
     PM_SYS_MINCORE,
+    PM_SYS_PWRITE,
+    PM_SYS_URING_SETUP,
+    PM_SYS_URING_REGISTER,
+    PM_SYS_URING_ENTER,
     PM_SYS_COUNT
 };
 
@@ -533,6 +579,7 @@ enum pm_point {
     PM_POINT_FORK_PREPARE,
     PM_POINT_FORK_PARENT,
     PM_POINT_REMOVE_LINGER, /* a REMOVE is about to be declared over; the lock is not held */
+    PM_POINT_PIN_PIECE,     /* a piece of an access through a pin is about to be copied; no lock is held */
     PM_POINT_COUNT
 };
 

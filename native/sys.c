@@ -133,6 +133,13 @@ ssize_t pm_sys_pread(int fd, void *buf, size_t len, uint64_t offset)
     return err ? err : result(pread(fd, buf, len, (off_t)offset));
 }
 
+ssize_t pm_sys_pwrite(int fd, const void *buf, size_t len, uint64_t offset)
+{
+    int err = enter(PM_SYS_PWRITE);
+
+    return err ? err : result(pwrite(fd, buf, len, (off_t)offset));
+}
+
 int pm_sys_nofile(const struct rlimit *set, struct rlimit *old)
 {
     int err = enter(PM_SYS_OPEN);
@@ -284,16 +291,23 @@ int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg)
 
 int pm_sys_io_uring_setup(unsigned entries, void *params)
 {
-    int err = enter(PM_SYS_OPEN);
+    int err = enter(PM_SYS_URING_SETUP);
 
     return err ? err : (int)result(syscall(SYS_io_uring_setup, entries, params));
 }
 
 int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count)
 {
-    int err = enter(PM_SYS_IOCTL);
+    int err = enter(PM_SYS_URING_REGISTER);
 
     return err ? err : (int)result(syscall(SYS_io_uring_register, fd, opcode, arg, count));
+}
+
+int pm_sys_io_uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags, void *arg, size_t len)
+{
+    int err = enter(PM_SYS_URING_ENTER);
+
+    return err ? err : (int)result(syscall(SYS_io_uring_enter, fd, submit, wait, flags, arg, len));
 }
 
 void *pm_sys_calloc(size_t n, size_t size)

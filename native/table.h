@@ -13,8 +13,6 @@
 
 enum { PM_LEVEL_BITS = 9, PM_FANOUT = 1 << PM_LEVEL_BITS, PM_TOP_LEVEL = 3 };
 
-#define PM_USER_END (1ULL << 47)
-
 struct pm_leaf {
     uint32_t used;
     uint32_t fenced;

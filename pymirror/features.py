@@ -187,7 +187,7 @@ FEATURES: tuple[Feature, ...] = (
         "io_uring",
         lib.PM_FEAT_IO_URING,
         "pages cannot be pinned: pin_user_pages() is not available",
-        "5.1",
+        "5.19",
         "CONFIG_IO_URING=y",
         "sudo sysctl -w kernel.io_uring_disabled=0   # and allow it in the sandbox's seccomp profile",
     ),

@@ -43,6 +43,10 @@ ERRORS = {
     "MALLOC": [errno.ENOMEM],
     "WRITE": [errno.EAGAIN],
     "MINCORE": [errno.EAGAIN],
+    "PWRITE": [errno.EINTR],
+    "URING_SETUP": [errno.EMFILE],
+    "URING_REGISTER": [errno.ENOMEM, errno.EINTR],
+    "URING_ENTER": [errno.EINTR, errno.ENOMEM],
 }
 
 
