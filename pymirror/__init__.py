@@ -26,6 +26,8 @@ from .device import Device, DeviceFault, FaultReason, StaleAccessError
 from .errors import FeatureError, MirrorError
 from .event import Event, Guarantee, MmuNotifierRange
 from .features import Features
+from .gup import PinnedPages, pin_user_pages, unpin_user_pages
+from .gup_flags import FOLL_GET, FOLL_LONGTERM, FOLL_PIN, FOLL_WRITE
 from .hmm import (
     HMM_RANGE_DEFAULT_TIMEOUT,
     Hmm,
@@ -59,6 +61,10 @@ MiB = 1 << 20
 GiB = 1 << 30
 
 __all__ = [
+    "FOLL_GET",
+    "FOLL_LONGTERM",
+    "FOLL_PIN",
+    "FOLL_WRITE",
     "HMM_PFN_ERROR",
     "HMM_PFN_REQ_FAULT",
     "HMM_PFN_REQ_WRITE",
@@ -89,6 +95,7 @@ __all__ = [
     "MmuNotifier",
     "MmuNotifierRange",
     "PageTable",
+    "PinnedPages",
     "Range",
     "Region",
     "StaleAccessError",
@@ -102,4 +109,6 @@ __all__ = [
     "hmm_range_snapshot",
     "hmm_vma_fault",
     "hmm_vma_range_done",
+    "pin_user_pages",
+    "unpin_user_pages",
 ]

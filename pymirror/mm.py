@@ -30,6 +30,7 @@ from .forking import before_fork
 from .lock import MmapLock, not_under_driver_lock
 from .notifier import CallbackError, NotifierSet
 from .ops import MemoryOperations
+from .pin_registry import PinRegistry
 from .region import Region, RegionMap
 
 _FAULT_DELIVERY = ("thread", "inline")
@@ -74,6 +75,7 @@ class AddressSpace(MemoryOperations):
         self._mmap_lock = MmapLock()
         self._regions = RegionMap()
         self._adoptions = Adoptions()
+        self._pins = PinRegistry()
         self._closing = False
         self._teardown = threading.Lock()
         self.notifiers = NotifierSet(self)
@@ -115,7 +117,14 @@ class AddressSpace(MemoryOperations):
         found = {name: getattr(raw, name) for name, _ in ffi.typeof(raw[0]).fields if name != "events"}
         events = {event.name: raw.events[event] for event in Event}
         regions = {"regions": len(self._regions), "region_bytes": self._regions.bytes}
-        return {**found, "events": events, **self.notifiers.stats(), **regions}
+        return {**found, "events": events, **self.notifiers.stats(), **regions, **self._pin_stats()}
+
+    def _pin_stats(self) -> dict[str, int]:
+        raw = ffi.new("struct pm_pin_stats *")
+        check(lib.pm_pin_stats(self.native, raw), "stats")
+        found = {f"pin_{name}": int(getattr(raw, name)) for name, _ in ffi.typeof(raw[0]).fields}
+        pins, pages = found.pop("pin_pins"), found.pop("pin_pages")
+        return {"pins": pins, "pinned_pages": pages, **found, "pin_dirtied_pages": self._pins.dirtied}
 
     def close(self, timeout: float = 10.0) -> None:
         """End the mirror of this mm (exit_mmap()): RELEASE to the notifiers, then no more events.
@@ -189,6 +198,7 @@ class AddressSpace(MemoryOperations):
             steps.callback(self._join_dispatcher, deadline)
             # It wakes the dispatcher, which has been told to stop by then.
             steps.callback(lib.pm_mm_close, self.native)
+            steps.callback(self._pins.report_leaks)
             steps.callback(self.notifiers.stop, 0)
             steps.callback(self.notifiers.release)
 

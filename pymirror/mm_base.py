@@ -15,6 +15,7 @@ from .affected import PAGE_SIZE, USER_END
 from .errors import MirrorError, check
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end
 from .lock import MmapLock, not_in_callback, not_under_driver_lock
+from .pin_registry import PinRegistry
 from .region import RegionMap
 from .vma import Vma, find_vma, walk_vmas
 
@@ -32,6 +33,7 @@ class MmBase:
     _mmap_lock: MmapLock
     _regions: RegionMap
     _adoptions: Adoptions
+    _pins: PinRegistry
     _closed: bool = True  # until it is open
     _closing: bool
 

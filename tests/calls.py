@@ -59,6 +59,8 @@ class World:
         assert self.table.map(self.rng, self.seq)
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
+        self.held = mm.mmap(2 * PAGE)
+        self.pin, self.other_pin = (pm.pin_user_pages(mm, self.held.addr, 2) for _ in range(2))
 
     def state(self) -> dict[str, Any]:
         """All that a refused call must leave alone."""
@@ -79,6 +81,9 @@ class World:
         }
 
     def end_of_it(self) -> None:
+        for pin in (self.pin, self.other_pin):
+            with pin:
+                pass
         self.rng.unregister()
         self.sub.remove()
         self.whole.unregister()
@@ -215,6 +220,15 @@ CALLS = [
     _changes("Device.read_into", lambda w: w.device.read_into(w.mm, w.start, bytearray(8))),
     _changes("Device.write", lambda w: w.device.write(w.mm, w.start, w.content[:8])),
     _looks("Device.set_fault_handler", lambda w: w.device.set_fault_handler(w.driver.handle)),
+    _changes("pin_user_pages", lambda w: _enter(pm.pin_user_pages(w.mm, w.held.addr, 1))),
+    Call("unpin_user_pages", lambda w: pm.unpin_user_pages(w.other_pin), OK, OK, SRCH, SRCH),
+    Call("PinnedPages.read", lambda w: w.pin.read(0, 8), OK, OK, SRCH, SRCH),
+    Call("PinnedPages.read_into", lambda w: w.pin.read_into(0, bytearray(8)), OK, OK, SRCH, SRCH),
+    Call("PinnedPages.write", lambda w: w.pin.write(0, b"w"), OK, OK, SRCH, SRCH),
+    *(
+        _looks(f"PinnedPages.{name}", lambda w, name=name: getattr(w.pin, name))  # type: ignore[misc]
+        for name in ("end", "mm", "native", "npages", "pfns", "pinned", "pinned_at", "start", "unpinned_at")
+    ),
     Call("Region.close", lambda w: w.buf.close(), DEADLK, DEADLK),
     _looks("Region.closed", lambda w: w.buf.closed),
     _looks("Region.fd", lambda w: w.buf.fd),
@@ -229,7 +243,11 @@ CALLS = [
 
 # What ends something comes last, so that the others find it there.
 _ENDS = ("unregister", "remove", "close")
-CALLS.sort(key=lambda call: call.name.endswith("range_done") or call.name.partition(".")[2] in _ENDS)
+CALLS.sort(
+    key=lambda call: (
+        call.name.endswith(("range_done", "unpin_user_pages")) or call.name.partition(".")[2] in _ENDS
+    )
+)
 
 #: Made by the library and given to callbacks: values.
 VALUES = {"DeviceFault", "MmuNotifierRange", "Vma", "CallbackError", "Features"}
