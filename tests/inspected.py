@@ -196,6 +196,14 @@ def driver_lock() -> None:
         stay()
 
 
+def pinned() -> None:
+    with pm.AddressSpace() as mm:
+        region = mm.mmap(PAGES * PAGE)
+        _kept = pm.pin_user_pages(mm, region.addr, PAGES, pm.FOLL_WRITE | pm.FOLL_LONGTERM)
+        say()
+        stay()
+
+
 def fault() -> None:
     """A page fault that another userfaultfd of the process leaves unserved."""
     with pm.AddressSpace() as mm:

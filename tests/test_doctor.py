@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import shlex
@@ -20,7 +21,8 @@ import pytest
 
 import pymirror as pm
 from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED
-from pymirror.doctor import Report, Status, examine
+from pymirror.doctor import Report, Status, examine, kernel
+from pymirror.doctor.system import Privileges
 from pymirror.features import DISABLE_VARIABLE, FEATURES, probe
 
 NAMES = [feature.name for feature in FEATURES]
@@ -184,6 +186,17 @@ def test_an_ordinary_user_is_told_what_grants_the_rest_and_it_does() -> None:
     assert check(granted, "capabilities")["data"]["uid"] == NOBODY
 
 
+@pytest.mark.root
+def test_capabilities_in_a_user_namespace_do_not_count() -> None:
+    rootless = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    report = run(*rootless, *RUN, "--json")
+    assert "sys_admin" in check(report, "capabilities")["data"]["capabilities"]
+    assert check(report, "user_namespace")["status"] == "info"
+    assert "in this user namespace only" in check(report, "pfn")["why"]
+    assert "outside of every user namespace" in check(report, "pfn")["command"]
+    assert check(report, "memlock")["data"]["pinnable_bytes"] is not None
+
+
 @pytest.fixture
 def node_of_others(tmp_path: Path) -> str:
     """A second device node of the userfaultfd, for root only, to be put in the first one's place."""
@@ -283,9 +296,34 @@ def test_without_proc_the_rest_is_told_and_mounting_it_is_what_helps() -> None:
 def test_little_memory_to_be_pinned_is_named_with_the_limit() -> None:
     one = check(confine(drop=True, limits={"MEMLOCK": 1 << 20}), "memlock")
     assert one["status"] == "limited"
-    assert one["data"] == {"soft": 1 << 20, "hard": 1 << 20, "pinnable_bytes": 1 << 20}
+    assert one["data"] == {"soft": 1 << 20, "hard": 1 << 20, "pinnable_bytes": (1 << 20) - 8192}
     assert "1 MiB" in one["value"]
     assert complete(one)
+
+
+PIN = """
+import ctypes, errno, mmap, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+ring = libc.syscall(425, 1, ctypes.create_string_buffer(120))
+buffer = struct.pack("=QQ", ctypes.addressof(ctypes.c_char.from_buffer(memory)), size)
+refused = libc.syscall(427, ring, 0, buffer, 1)
+print(errno.errorcode[ctypes.get_errno()] if refused else "pinned")
+"""
+
+
+@pytest.mark.root
+def test_what_it_says_can_be_pinned_can_be_and_what_is_beyond_the_limit_can_not() -> None:
+    found = check(confine(user=54321, limits={"MEMLOCK": 1 << 20}), "memlock")["data"]
+    # Users of their own each: the kernel takes a charge back some time after a ring's end.
+    sizes = {54322: (found["pinnable_bytes"], "pinned"), 54323: (found["soft"] + 4096, "ENOMEM")}
+    for user, (size, outcome) in sizes.items():
+        confinement = {"user": user, "limits": {"MEMLOCK": 1 << 20}}
+        command = confined.command(confinement, sys.executable, "-c", PIN, str(size))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True)
+        assert done.stdout == f"{outcome}\n"
 
 
 @pytest.mark.root
@@ -349,16 +387,49 @@ def test_what_the_machine_lacks_is_named_and_the_command_writes_where_it_is_read
 
 
 @pytest.mark.root
-def test_swap_and_the_test_device_are_facts(tmp_path: Path) -> None:
+def test_swap_is_a_fact(tmp_path: Path) -> None:
     swaps = tmp_path / "swaps"
     swaps.write_text("Filename Type Size Used Priority\n/dev/zram0 partition 2097148 0 100\n")
-    node = tmp_path / "config"
-    node.write_bytes(b"not gzip")
     report = confine(mounts={"/proc/swaps": str(swaps)})
     assert check(report, "swap")["data"]["bytes"] == 2097148 << 10
-    oracle = check(report, "hmm_dmirror")
-    assert oracle["status"] == ("ok" if oracle["data"]["nodes"] else "info")
-    assert oracle["data"]["nodes"] or "test_hmm" in oracle["command"]
+
+
+def test_the_test_device_of_the_kernel_is_an_oracle_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for nodes, status in (([], Status.INFO), (["/dev/hmm_dmirror0"], Status.OK)):
+        monkeypatch.setattr(kernel.glob, "glob", lambda _, nodes=nodes: nodes)
+        oracle = in_process("hmm_dmirror", examine())
+        assert (oracle.status, oracle.data) == (status, {"nodes": nodes})
+        assert nodes or "test_hmm" in oracle.command
+
+
+@pytest.mark.root
+def test_how_the_kernel_was_built_is_read_where_it_is_told(tmp_path: Path) -> None:
+    if not os.path.exists("/proc/config.gz"):
+        pytest.skip("not on this kernel: /proc/config.gz")
+    config = tmp_path / "config.gz"
+    mounts = {"/proc/config.gz": str(config)}
+    config.write_bytes(
+        gzip.compress(b"CONFIG_USERFAULTFD=y\n# CONFIG_IO_URING is not set\nCONFIG_TEST_HMM=m\n")
+    )
+    report = confine(mounts=mounts)
+    one = check(report, "config")
+    assert one["status"] == "limited"
+    assert complete(one)
+    assert "CONFIG_IO_URING=y" in one["command"]
+    assert "CONFIG_USERFAULTFD" not in one["command"]
+    assert check(report, "hmm_dmirror")["command"] == "sudo modprobe test_hmm"
+    config.write_bytes(b"not gzip")
+    assert check(confine(mounts=mounts), "config")["status"] in ("unknown", "ok", "limited")
+
+
+def test_yama_is_told_of_where_it_hides_system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    who = Privileges(1000, frozenset(), no_new_privs=False, seccomp=False, user_namespace=False)
+    monkeypatch.setattr(kernel, "sysctl", lambda _: 1)
+    (one,) = [found for found in kernel.checks(who) if found.name == "ptrace_scope"]
+    assert one.status is Status.LIMITED
+    assert one.command.startswith("sudo sysctl -w kernel.yama.ptrace_scope=0")
+    monkeypatch.setattr(kernel, "sysctl", lambda _: None)
+    assert all(found.name != "ptrace_scope" for found in kernel.checks(who))
 
 
 # Threads that block SIGBUS.

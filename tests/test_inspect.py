@@ -157,6 +157,13 @@ def test_every_address_space_is_shown() -> None:
         assert len(report["spaces"]) == 2
 
 
+def test_pinned_memory_is_counted() -> None:
+    needs("io_uring")
+    with target("pinned") as one:
+        _, report = one.cli()
+        assert report["pinned_bytes"] == 8 * 4096
+
+
 def test_the_text_starts_with_the_diagnosis(healthy: Target) -> None:
     done = subprocess.run([*RUN, str(healthy.pid)], capture_output=True, text=True, timeout=50)
     assert done.returncode == EXIT_OK

@@ -35,6 +35,7 @@ class InspectCommand:
 
     --json prints one object (with --watch one a line, a line a look):
       pid, name, uid, state, threads    the process; state is the kernel's letter, threads how many
+      pinned_bytes                      of all its memory (VmPin)
       problems                          list of {kind, text, do}
       spaces                            one an address space. Ages are in seconds, null: not so now
         fd, version, state, age_s       of the status page; state "open" or "closing"
@@ -96,6 +97,7 @@ def to_json(look: Look, found: list[Finding]) -> dict[str, Any]:
         "uid": process.uid,
         "state": process.state,
         "threads": process.threads,
+        "pinned_bytes": process.pinned_bytes,
         "problems": [{"kind": one.kind, "text": one.text, "do": one.do} for one in found],
         "spaces": [_space_json(look, space) for space in look.spaces],
         "userfaultfds": [
@@ -317,6 +319,8 @@ def _pages(lines: Lines, look: Look) -> None:
     pages = look.pages
     lines.add()
     lines.add("pages of watched memory, 4 KiB each", "bold")
+    if look.process.pinned_bytes:
+        lines.pair("pinned", f"{look.process.pinned_bytes >> 12:,} of all memory")
     if not pages.looked_at:
         lines.pair("total", f"{pages.total:,}, none looked at" if pages.total else "none is watched")
         return

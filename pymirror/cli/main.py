@@ -29,7 +29,8 @@ DESCRIPTION = "Linux HMM for user space: mirror real process memory in a softwar
 EPILOG = """\
 exit codes:
   0    done, and all is well
-  1    done, and something is wrong: a checksum, a stale access, a scenario that differs
+  1    done, and something is wrong: a checksum, a stale access, a scenario that differs, a process that
+       hangs, a machine on which nothing can be mirrored
   2    wrong usage
   3    could not be done here: the system refused (the message names what is missing)
   130  Ctrl-C (143: SIGTERM); what was mapped, forked or started has been cleaned up

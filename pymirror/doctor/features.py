@@ -128,6 +128,8 @@ def _reasons(name: str, who: Privileges) -> Iterator[str]:
 
 
 def _held(name: str, who: Privileges) -> str:
+    if who.user_namespace and name in (who.capabilities or ()):
+        return f"CAP_{name.upper()} is held, but in this user namespace only"
     return f"CAP_{name.upper()} is {'held' if who.has(name) else 'not held'}"
 
 
@@ -136,6 +138,8 @@ def _command(missing: Missing, found: Features, who: Privileges) -> str:
     if missing.feature in found.disabled or missing.errno not in _REFUSED:
         return missing.command
     root = _root_of(missing.feature, found)
+    if who.user_namespace and root in ("pfn", "event_fork"):
+        return "sudo docker run --privileged ...   # or as root, outside of every user namespace"
     if root in ("uffd", "uffd_kernel") and not os.path.exists(_NODE):
         return _UFFD_SYSCTL
     if root == "io_uring" and sysctl("kernel.io_uring_disabled") == 1:

@@ -129,6 +129,14 @@ def _who(who: Privileges) -> Iterator[Check]:
         )
         return
     yield Check("privileges", "capabilities", Status.INFO, f"uid {who.uid}, {_caps(who)}", data=data)
+    if who.user_namespace:
+        yield Check(
+            "privileges",
+            "user_namespace",
+            Status.INFO,
+            "in a user namespace (a rootless container): capabilities count for what belongs to it only",
+            data={"user_namespace": True},
+        )
     if who.no_new_privs:
         yield Check(
             "privileges",

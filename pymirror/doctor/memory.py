@@ -21,6 +21,8 @@ _MAPS = 65530
 _FILES = 256
 _FILES_OF_A_SPACE = 6
 _PINNED = 64 << 20
+# Newer kernels charge the ring itself too.
+_RING = 2 * 4096
 
 
 def checks(who: Privileges) -> Iterator[Check]:
@@ -109,19 +111,23 @@ def _hugetlb() -> Check:
 def _memlock(who: Privileges) -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     free = who.has("ipc_lock") or soft == resource.RLIM_INFINITY
-    data = {"soft": _none(soft), "hard": _none(hard), "pinnable_bytes": None if free else soft}
+    data = {
+        "soft": _none(soft),
+        "hard": _none(hard),
+        "pinnable_bytes": None if free else max(0, soft - _RING),
+    }
     if free:
         held = "CAP_IPC_LOCK is held" if who.has("ipc_lock") else "RLIMIT_MEMLOCK is unlimited"
         return Check(
             AREA, "memlock", Status.OK, f"as many bytes can be pinned as there are: {held}", data=data
         )
-    value = f"{size(soft)} can be pinned, less what other processes of uid {os.getuid()} have pinned"
+    value = f"{size(soft)} can be pinned by all processes of uid {os.getuid()} together, rings included"
     if soft >= _PINNED:
         return Check(AREA, "memlock", Status.OK, value, data=data)
     return Check(
         AREA,
         "memlock",
-        Status.LIMITED if soft >= 4096 else Status.MISSING,
+        Status.LIMITED if soft > _RING else Status.MISSING,
         value,
         lost="pin_user_pages() beyond it is ENOMEM",
         why=f"RLIMIT_MEMLOCK is {size(soft)}, hard {'unlimited' if hard < 0 else size(hard)},"

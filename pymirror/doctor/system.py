@@ -56,12 +56,16 @@ CAPABILITIES = (
 
 @dataclass(frozen=True, slots=True)
 class Privileges:
-    """Of this process. ``capabilities`` are the effective ones, None where /proc does not tell."""
+    """Of this process. ``capabilities`` are the effective ones, None where /proc does not tell.
+
+    In a ``user_namespace`` of its own (a rootless container) they count for what belongs to it only.
+    """
 
     uid: int
     capabilities: frozenset[str] | None
     no_new_privs: bool
     seccomp: bool
+    user_namespace: bool
 
     @classmethod
     def own(cls) -> Privileges:
@@ -72,11 +76,20 @@ class Privileges:
             capabilities=None if held is None else frozenset(_names(int(held, 16))),
             no_new_privs=status.get("NoNewPrivs") == "1",
             seccomp=status.get("Seccomp") == "2",
+            user_namespace=_in_user_namespace(),
         )
 
     def has(self, name: str) -> bool:
-        """Where it is not known: what uid 0 usually has."""
+        """Whether the kernel as a whole grants it. Where it is not known: what uid 0 usually has."""
+        if self.user_namespace:
+            return False
         return self.uid == 0 if self.capabilities is None else name in self.capabilities
+
+
+def _in_user_namespace() -> bool:
+    """The first one maps every uid there is onto itself."""
+    words = (read("/proc/self/uid_map") or "").split()
+    return bool(words) and words != ["0", "0", "4294967295"]
 
 
 def _names(bits: int) -> list[str]:

@@ -61,7 +61,10 @@ _STATES = {
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process: ``state`` is the kernel's letter, ``ns_pid`` its number in its own pid namespace."""
+    """A process: ``state`` is the kernel's letter, ``ns_pid`` its number in its own pid namespace.
+
+    ``pinned_bytes`` is what the kernel counts as pinned in its mm (VmPin).
+    """
 
     pid: int
     ns_pid: int
@@ -70,6 +73,7 @@ class Process:
     state: str
     tracer: int
     threads: int
+    pinned_bytes: int = 0
 
     @property
     def state_text(self) -> str:
@@ -157,6 +161,7 @@ def process(pid: int) -> Process:
         state=status.get("State", "?")[:1],
         tracer=int(status.get("TracerPid", 0)),
         threads=int(status.get("Threads", 0)),
+        pinned_bytes=int(status.get("VmPin", "0").split()[0]) << 10,
     )
 
 
