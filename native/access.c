@@ -1,33 +1,23 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * access.c - the device reads and writes process memory through its page table.
+ * access.c - a device reads and writes process memory by address.
  *
  * A read is optimistic: it is announced, copies with no lock held, and is discarded and done again if an
  * invalidation passed meanwhile. A write cannot be taken back: it is announced, and an invalidation waits for
  * it.
  */
 #include <errno.h>
-#include <string.h>
 
+#include "access.h"
 #include "table.h"
 
-enum { ACCESS_PAGES = 256 };
 static const uint64_t writer_wait_ns = 1000ULL * 1000 * 1000;
 
-struct span {
-    struct pm_table *table;
-    struct pm_mm *mm;
-    uint64_t addr, len; /* bytes; len shrinks to what the table serves */
-    uint64_t entry[ACCESS_PAGES];
-    struct pm_inflight flight;
-    bool write;
-};
-
-static void fault_at(struct pm_access *access, uint64_t page, uint64_t end, uint32_t fault)
+static void fault_at(struct pm_access_why *fault, uint64_t page, uint64_t end, uint32_t why)
 {
-    access->fault = fault;
-    access->fault_start = page;
-    access->fault_end = end;
+    fault->fault = why;
+    fault->start = page;
+    fault->end = end;
 }
 
 static uint32_t fault_of(const struct pm_mm *mm, uint64_t entry, bool write)
@@ -39,29 +29,21 @@ static uint32_t fault_of(const struct pm_mm *mm, uint64_t entry, bool write)
     return pm_seq_undelivered(mm, entry & PM_ENTRY_SEQ_MASK) ? PM_FAULT_FENCED : PM_FAULT_STALE;
 }
 
-static uint64_t entry_at(struct pm_table *table, uint64_t addr)
-{
-    struct pm_leaf *leaf = pm_table_leaf(table, addr);
-
-    return leaf ? leaf->entry[pm_leaf_slot(addr)] : 0;
-}
-
-/* With the device lock held: how much of the span the table serves; the fault when that is nothing. */
-static void look_up(struct span *span, struct pm_access *access)
+/* With the device lock held: how much of the span is served; the fault when that is nothing. */
+static void look_up(struct pm_access_span *span, struct pm_access_why *fault)
 {
     uint64_t page = pm_page_down(span->addr), end = span->addr + span->len;
-    bool ours = pm_table_of(span->table, span->mm);
 
     for (unsigned i = 0; page < end; i++, page += PM_PAGE_SIZE) {
-        uint32_t fault;
+        uint32_t why;
 
-        span->entry[i] = ours ? entry_at(span->table, page) : 0;
-        fault = fault_of(span->mm, span->entry[i], span->write);
-        if (fault == PM_FAULT_NONE)
+        span->entry[i] = span->entry_at(span, page);
+        why = fault_of(span->mm, span->entry[i], span->write);
+        if (why == PM_FAULT_NONE)
             continue;
         if (i == 0) {
-            fault_at(access, page, page + PM_PAGE_SIZE, fault);
-            access->fence_seq = span->entry[0] & PM_ENTRY_FENCED ? span->entry[0] & PM_ENTRY_SEQ_MASK : 0;
+            fault_at(fault, page, page + PM_PAGE_SIZE, why);
+            fault->fence_seq = span->entry[0] & PM_ENTRY_FENCED ? span->entry[0] & PM_ENTRY_SEQ_MASK : 0;
             span->len = 0;
         } else {
             span->len = page - span->addr;
@@ -70,7 +52,7 @@ static void look_up(struct span *span, struct pm_access *access)
     }
 }
 
-static void announce(struct span *span)
+static void announce(struct pm_access_span *span)
 {
     struct pm_mm *mm = span->mm;
 
@@ -87,7 +69,7 @@ static void announce(struct span *span)
     pm_status_inflight(mm);
 }
 
-static void withdraw(struct span *span)
+static void withdraw(struct pm_access_span *span)
 {
     struct pm_inflight **link = &span->mm->inflight;
 
@@ -102,9 +84,9 @@ static void withdraw(struct span *span)
 
 /* Narrow the span to the pages whose PFNs are those programmed: the first other one is a change nobody told
  * of. */
-static int check_pages(struct span *span, struct pm_access *access)
+static int check_pages(struct pm_access_span *span, struct pm_access_why *fault)
 {
-    uint64_t seen[ACCESS_PAGES];
+    uint64_t seen[PM_ACCESS_PAGES];
     uint64_t first = pm_page_down(span->addr);
     uint64_t n = (pm_page_up(span->addr + span->len) - first) >> PM_PAGE_SHIFT;
     uint64_t i = 0, page;
@@ -126,13 +108,13 @@ static int check_pages(struct span *span, struct pm_access *access)
     }
     while (i < n && pm_entry_changed(span->entry[i], seen[i]))
         i++;
-    fault_at(access, page, first + (i << PM_PAGE_SHIFT), PM_FAULT_CHANGED);
+    fault_at(fault, page, first + (i << PM_PAGE_SHIFT), PM_FAULT_CHANGED);
     span->len = 0;
     return -EFAULT;
 }
 
 /* The kernel does not say which side of a copy it was. */
-static bool buffer_gone(const struct span *span, const char *buf)
+static bool buffer_gone(const struct pm_access_span *span, const char *buf)
 {
     uint64_t addr = (uintptr_t)buf, need = span->write ? PM_VMA_READ : PM_VMA_WRITE;
     struct pm_vma vma;
@@ -141,7 +123,7 @@ static bool buffer_gone(const struct span *span, const char *buf)
 }
 
 /* Bytes copied, or -EFAULT with the fault set, or another errno. */
-static int64_t copy(struct span *span, struct pm_access *access, char *buf)
+static int64_t copy(struct pm_access_span *span, struct pm_access_why *fault, char *buf)
 {
     ssize_t n = span->write ? pm_sys_vm_writev(buf, span->addr, span->len)
                             : pm_sys_vm_readv(buf, span->addr, span->len);
@@ -150,7 +132,7 @@ static int64_t copy(struct span *span, struct pm_access *access, char *buf)
         return 0;
     if (n != -EFAULT || buffer_gone(span, buf))
         return n;
-    fault_at(access, pm_page_down(span->addr), pm_page_down(span->addr) + PM_PAGE_SIZE, PM_FAULT_CHANGED);
+    fault_at(fault, pm_page_down(span->addr), pm_page_down(span->addr) + PM_PAGE_SIZE, PM_FAULT_CHANGED);
     return -EFAULT;
 }
 
@@ -164,8 +146,7 @@ static void let_drains_by(struct pm_mm *mm)
         continue;
 }
 
-/* One announced piece. Bytes done, 0 to try again, or a negative errno. */
-static int64_t access_span(struct span *span, struct pm_access *access, char *buf)
+int64_t pm_access_span_do(struct pm_access_span *span, struct pm_access_why *fault, char *buf)
 {
     struct pm_mm *mm = span->mm;
     bool voided;
@@ -174,16 +155,16 @@ static int64_t access_span(struct span *span, struct pm_access *access, char *bu
     pm_lock(mm);
     if (span->write)
         let_drains_by(mm);
-    look_up(span, access);
+    look_up(span, fault);
     if (span->len)
         announce(span);
     pm_unlock(mm);
     if (!span->len)
         return -EFAULT;
     pm_point(PM_POINT_ACCESS_LOOKED_UP);
-    n = check_pages(span, access);
+    n = check_pages(span, fault);
     if (!n)
-        n = copy(span, access, buf);
+        n = copy(span, fault, buf);
     pm_point(PM_POINT_ACCESS_COPIED);
     pm_lock(mm);
     voided = span->flight.voided;
@@ -193,46 +174,86 @@ static int64_t access_span(struct span *span, struct pm_access *access, char *bu
     pm_unlock(mm);
     if (!voided || span->write)
         return n;
-    access->fault = PM_FAULT_NONE;
-    access->redone++;
+    fault->fault = PM_FAULT_NONE;
+    fault->redone++;
     return 0;
+}
+
+int pm_access_span_look(struct pm_access_span *span, struct pm_access_why *fault)
+{
+    pm_lock(span->mm);
+    look_up(span, fault);
+    pm_unlock(span->mm);
+    return span->len ? 0 : -EFAULT;
+}
+
+void pm_access_expel(struct pm_mm *mm, uint64_t start, uint64_t last)
+{
+    for (struct pm_inflight *access = mm->inflight; access; access = access->next) {
+        if (pm_overlap(start, last, access->start, access->last))
+            access->voided = true;
+    }
+    pm_drain_writes(mm, start, last, pm_now_ns() + writer_wait_ns);
+}
+
+uint64_t pm_access_span_len(uint64_t addr, uint64_t len)
+{
+    return pm_min(len, PM_ACCESS_PAGES * PM_PAGE_SIZE - addr % PM_PAGE_SIZE);
+}
+
+static uint64_t table_entry(const struct pm_access_span *span, uint64_t addr)
+{
+    struct pm_table *table = span->from;
+    struct pm_leaf *leaf = pm_table_of(table, span->mm) ? pm_table_leaf(table, addr) : NULL;
+
+    return leaf ? leaf->entry[pm_leaf_slot(addr)] : 0;
+}
+
+static void tell(struct pm_access *access, const struct pm_access_why *fault)
+{
+    access->fault = fault->fault;
+    access->fault_start = fault->start;
+    access->fault_end = fault->end;
+    access->fence_seq = fault->fence_seq;
+    access->redone = fault->redone;
 }
 
 static int access_all(struct pm_table *table, struct pm_mm *mm, struct pm_access *access)
 {
-    struct span span = {.table = table, .mm = mm, .write = access->write != 0};
+    struct pm_access_span span = {
+        .mm = mm, .from = table, .entry_at = table_entry, .write = access->write != 0};
+    struct pm_access_why fault = {0};
+    int64_t n = 0;
 
-    while (access->done < access->len) {
-        int64_t n = pm_mm_check(mm);
-
+    while (access->done < access->len && n >= 0) {
+        n = pm_mm_check(mm);
         if (n)
-            return (int)n;
+            break;
         span.addr = access->addr + access->done;
-        span.len = pm_min(access->len - access->done, ACCESS_PAGES * PM_PAGE_SIZE - span.addr % PM_PAGE_SIZE);
-        n = access_span(&span, access, (char *)access->buf + access->done);
-        if (n < 0)
-            return (int)n;
-        access->done += (uint64_t)n;
+        span.len = pm_access_span_len(span.addr, access->len - access->done);
+        n = pm_access_span_do(&span, &fault, (char *)access->buf + access->done);
+        access->done += n > 0 ? (uint64_t)n : 0;
     }
-    return 0;
+    tell(access, &fault);
+    return n < 0 ? (int)n : 0;
 }
 
 int pm_access(pm_table *table, struct pm_access *access)
 {
+    uint64_t page = pm_page_down(access->addr);
     struct pm_mm *mm;
     int err;
 
-    access->fault = PM_FAULT_NONE;
-    access->done = access->redone = access->fence_seq = 0;
-    access->fault_start = access->fault_end = 0;
+    access->done = 0;
+    tell(access, &(struct pm_access_why){0});
     if (access->len == 0 || access->addr >= PM_USER_END || access->len > PM_USER_END - access->addr)
         return -EINVAL;
     if (pm_table_inherited(table))
         return -ESRCH;
     mm = pm_table_mm(table);
     if (!mm) {
-        fault_at(access, pm_page_down(access->addr), pm_page_down(access->addr) + PM_PAGE_SIZE,
-                 PM_FAULT_MISSING);
+        tell(access,
+             &(struct pm_access_why){.fault = PM_FAULT_MISSING, .start = page, .end = page + PM_PAGE_SIZE});
         return -EFAULT;
     }
     err = pm_mm_enter(mm);

@@ -35,7 +35,9 @@ enum {
 #define PM_PFN_VALID (1ULL << 63)
 #define PM_PFN_WRITE (1ULL << 62)
 #define PM_PFN_ERROR (1ULL << 61)
-#define PM_PFN_ORDER_SHIFT 56
+#define PM_PFN_STICKY (7ULL << 58) /* kept by walks: DMA_MAPPED, P2PDMA, P2PDMA_BUS */
+#define PM_PFN_ORDER_SHIFT 53
+#define PM_PFN_ORDER_MASK 31
 #define PM_PFN_MASK ((1ULL << 52) - 1)
 
 #define PM_ENTRY_VALID (1ULL << PM_ENTRY_VALID_BIT)
@@ -104,6 +106,7 @@ ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len);        /* of this
 ssize_t pm_sys_vm_writev(const void *buf, uint64_t addr, size_t len); /* of this process */
 int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg); /* with every signal blocked */
 void *pm_sys_calloc(size_t n, size_t size);                           /* NULL on failure */
+void *pm_sys_malloc(size_t size);                                     /* counted with it */
 int pm_sys_io_uring_setup(unsigned entries, void *params);
 int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count);
 int pm_sys_io_uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags, void *arg, size_t len);
@@ -209,6 +212,7 @@ struct pm_mm {
     uint64_t nsubs;
     struct pm_table *tables;
     atomic_int ntables;
+    struct pm_inode *dmaps; /* DMA mappings, by address */
     struct pm_inflight *inflight;
     /* The monitor reads events: their system calls may have returned before sequence numbers have moved. */
     atomic_bool reading;

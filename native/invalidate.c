@@ -10,7 +10,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "internal.h"
+#include "domain.h"
 
 enum { WAIT_SLICE_NS = 50 * 1000 * 1000 };
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
@@ -52,6 +52,7 @@ uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint6
     else
         pm_itree_visit(mm->subs, start, last, stamp_sub, &seq);
     pm_tables_fence(mm, start, last, seq);
+    pm_dmaps_fence(mm, start, last, seq);
     for (struct pm_inflight *access = mm->inflight; access; access = access->next) {
         if (pm_overlap(start, last, access->start, access->last))
             access->voided = true;
@@ -171,8 +172,10 @@ int pm_invalidate_end(pm_inv *inv)
     pm_point(PM_POINT_INVALIDATE_END);
     pm_lock(mm);
     /* A callback refused, or was interrupted: what was left fenced is nobody's mistake. */
-    if (inv->undelivered)
+    if (inv->undelivered) {
         pm_tables_drop(mm, inv->start, inv->last, inv->seq);
+        pm_dmaps_drop(mm, inv->start, inv->last, inv->seq);
+    }
     pm_inv_close(mm, inv);
     pm_status_update(mm);
     pm_unlock(mm);

@@ -238,7 +238,7 @@ int pm_event_sync(pm_mm *mm, uint64_t timeout_ns, uint64_t *ticket);
 
 /* The walk: snapshot and fault. */
 
-/* HMM_PFN_VALID, _WRITE, _ERROR are bits 63, 62, 61 of an entry, the order is bits 56-60, the PFN the bits
+/* HMM_PFN_VALID, _WRITE, _ERROR are bits 63, 62, 61 of an entry, the order is bits 53-57, the PFN the bits
  * below. */
 enum pm_walk_flag {
     PM_WALK_FAULT = 1,   /* fault what is asked for and absent; else only look */
@@ -271,7 +271,7 @@ int pm_walk(pm_mm *mm, struct pm_walk *walk);
 /* The device page table. */
 
 enum pm_entry { /* bits of a device page-table entry; the PFN is below them */
-                PM_ENTRY_ORDER_SHIFT = 56,
+                PM_ENTRY_ORDER_SHIFT = 53,
                 PM_ENTRY_FENCED_BIT =
                     61, /* unusable: the low 56 bits are the seq of the invalidation that fenced it */
                 PM_ENTRY_WRITE_BIT = 62,
@@ -305,11 +305,13 @@ int pm_table_stats(pm_table *table, struct pm_table_stats *ret);
 
 enum pm_access_fault {
     PM_FAULT_NONE,
-    PM_FAULT_MISSING,  /* no entry */
-    PM_FAULT_READONLY, /* a write, and the entry is read-only */
-    PM_FAULT_FENCED,   /* fenced, its callback has not run yet: an ordinary device fault */
-    PM_FAULT_STALE,    /* fenced, its callback returned and did not clear it: a driver bug */
-    PM_FAULT_CHANGED   /* the page table behind [fault_start, fault_end) changed unseen (detected) */
+    PM_FAULT_MISSING,   /* no entry */
+    PM_FAULT_READONLY,  /* a write, and the entry is read-only */
+    PM_FAULT_FENCED,    /* fenced, its callback has not run yet: an ordinary device fault */
+    PM_FAULT_STALE,     /* fenced, its callback returned and did not clear it: a driver bug */
+    PM_FAULT_CHANGED,   /* the page table behind [fault_start, fault_end) changed unseen (detected) */
+    PM_FAULT_DIRECTION, /* DMA against the direction of the mapping */
+    PM_FAULT_MASK       /* DMA beyond the device's mask */
 };
 
 struct pm_access {
@@ -443,6 +445,133 @@ int pm_spans_add(pm_spans *spans, uint64_t start, uint64_t last, uint64_t cookie
 /* Frees the span. */
 int pm_spans_remove(pm_spans *spans, pm_span *span);
 
+/* DMA: an IOMMU domain, and what is mapped into it. */
+
+struct pm_domain;
+typedef struct pm_domain pm_domain;
+struct pm_dmap;
+typedef struct pm_dmap pm_dmap;
+
+enum pm_dma_direction { /* as enum dma_data_direction */
+                        PM_DMA_BIDIRECTIONAL,
+                        PM_DMA_TO_DEVICE,
+                        PM_DMA_FROM_DEVICE,
+                        PM_DMA_NONE
+};
+
+enum pm_domain_flag {
+    PM_DOMAIN_DIRECT = 1, /* no IOMMU: the DMA address of a page is its own */
+    PM_DOMAIN_LAZY = 2    /* unmapping leaves the IOTLB as it is until a batch of IOVAs is flushed */
+};
+
+struct pm_domain_options {
+    uint64_t first, last; /* the aperture, bytes, inclusive */
+    uint32_t flags;
+    uint32_t pad;
+};
+
+struct pm_domain_stats {
+    uint64_t mappings;     /* live */
+    uint64_t mapped_pages; /* 4 KiB pages with an entry, fenced ones included */
+    uint64_t entries;      /* page-table entries an IOMMU needs for them: one for a whole huge page */
+    uint64_t segments;     /* runs of pages next to each other in memory, as mapped */
+    uint64_t iotlb_hits, iotlb_misses;
+    uint64_t iotlb_flushes; /* by unmapping, by fences, and of whole batches */
+    uint64_t iotlb_stale;   /* accesses refused by what was unmapped lazily and not flushed yet */
+    uint64_t lazy_pending;  /* mappings that wait for a flush */
+    uint64_t fenced;        /* pages fenced by invalidations, so far */
+    uint64_t dirtied;       /* pages unmapped as dirty, so far */
+    uint64_t bytes;         /* of memory that mappings take */
+};
+
+/* Counted: pm_domain_put() drops the caller's reference; mappings hold their own. */
+int pm_domain_create(const struct pm_domain_options *opt, pm_domain **ret);
+void pm_domain_put(pm_domain *domain);
+int pm_domain_stats(pm_domain *domain, struct pm_domain_stats *ret);
+/* NULL: direct. Lives as long as the domain. */
+pm_iova_space *pm_domain_iovas(pm_domain *domain);
+/* Flush the IOTLB: IOVAs whose unmapping was lazy can be given out again. Returns of how many mappings. */
+int64_t pm_domain_flush(pm_domain *domain);
+
+enum pm_dma_source {
+    PM_DMA_MIRROR, /* process memory by address, fenced by invalidations; no page is held */
+    PM_DMA_KERNEL  /* the driver's own memory, which it keeps until it has unmapped it */
+};
+
+enum pm_dmap_flag {
+    PM_DMAP_EMPTY = 1, /* IOVAs alone: pages are linked later; not DIRECT */
+    PM_DMAP_AT = 2     /* at `iova`, which is the caller's, and stays so; not DIRECT */
+};
+
+struct pm_dmap_options {
+    pm_domain *domain;
+    pm_sub *sub; /* MIRROR: whose sequence is checked */
+    uint64_t seq;
+    uint64_t start;       /* address of the first page; KERNEL: of the first byte */
+    uint64_t n;           /* pages */
+    uint64_t size;        /* KERNEL: bytes, from start */
+    const uint64_t *pfns; /* HMM pfns: those without VALID are left out. KERNEL: may be 0 but for DIRECT */
+    uint64_t *daddrs;     /* out: a DMA address a page, 0 where nothing is mapped; may be 0 */
+    uint64_t mask;        /* the device's DMA mask */
+    uint64_t iova;        /* with PM_DMAP_AT */
+    uint64_t cookie;      /* the caller's name for it */
+    uint32_t source;      /* enum pm_dma_source */
+    uint32_t direction;   /* pages without WRITE are not written to, whatever it says */
+    uint32_t flags;       /* enum pm_dmap_flag */
+    uint32_t pad;
+};
+
+/*
+ * Map pages for a device: one extent of IOVAs for all of them, in one step. 0; -EBUSY: an invalidation
+ * overlapped sub since seq; -ENOSPC: no IOVAs below the mask; -EFAULT: a page beyond the mask (DIRECT);
+ * -EOPNOTSUPP: PFNs are not to be seen (DIRECT); -EINVAL; -ENOMEM; -ESRCH. On an error nothing is mapped.
+ */
+int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret);
+/* Pages [first, first + n) of a MIRROR mapping, as pm_dmap_create(); -EEXIST: one of them is linked already.
+ */
+int pm_dmap_link(pm_dmap *dmap, pm_sub *sub, uint64_t seq, uint64_t first, uint64_t n, const uint64_t *pfns);
+/*
+ * Take pages out; returns how many had an entry, *writable how many of them a device could write to. Device
+ * writes under way are waited for. IOVAs stay until pm_dmap_unmap().
+ */
+int64_t pm_dmap_unlink(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writable);
+/* Unlink all and give the IOVAs back: idempotent, then 0. Returns as pm_dmap_unlink(). */
+int64_t pm_dmap_unmap(pm_dmap *dmap, uint64_t *writable);
+void pm_dmap_put(pm_dmap *dmap);
+void pm_dmap_dirtied(pm_dmap *dmap, uint64_t pages);
+/* Raw entries, as of the device page table. */
+int pm_dmap_read(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *ret);
+
+struct pm_dmap_info {
+    uint64_t iova;   /* of the first byte; DIRECT: of the first run */
+    uint64_t size;   /* bytes */
+    uint64_t linked; /* pages */
+    uint64_t bytes;  /* of memory */
+    uint64_t segments, entries;
+};
+int pm_dmap_info(pm_dmap *dmap, struct pm_dmap_info *ret);
+
+struct pm_dma_access {
+    uint64_t addr; /* DMA address */
+    uint64_t len;
+    void *buf;
+    uint64_t mask; /* the device's */
+    uint32_t write;
+    uint32_t fault;       /* out: enum pm_access_fault */
+    uint64_t done;        /* out: bytes copied */
+    uint64_t cookie;      /* out: of the mapping that the fault is about, 0: none */
+    uint64_t fault_start; /* out: process addresses behind the fault */
+    uint64_t fault_end;
+    uint64_t fence_seq;
+    uint64_t redone;
+};
+
+/*
+ * Read or write as the device, by DMA address, through what is mapped there. 0; -EFAULT with `fault`, or with
+ * PM_FAULT_NONE when it is `buf` that is not there; what was done before stays done.
+ */
+int pm_dma_access(pm_domain *domain, struct pm_dma_access *access);
+
 /*
  * The status page: a memfd named pymirror-status, for `pymirror inspect`. Whoever adds fields (there is room
  * up to one page) puts them at the end and gives the layout its next number.
@@ -574,8 +703,11 @@ enum pm_point {
     PM_POINT_WALK_AFTER_POPULATE,
     PM_POINT_MAP_BEFORE_COMMIT, /* the lock is not taken yet */
     PM_POINT_MAP_AFTER_COMMIT,
-    PM_POINT_ACCESS_LOOKED_UP, /* entries looked up, access announced, nothing copied */
-    PM_POINT_ACCESS_COPIED,    /* copied, not yet checked */
+    PM_POINT_ACCESS_LOOKED_UP,      /* entries looked up, access announced, nothing copied */
+    PM_POINT_ACCESS_COPIED,         /* copied, not yet checked */
+    PM_POINT_DMA_MAP_BEFORE_COMMIT, /* IOVAs and entries are made, the lock is not taken yet */
+    PM_POINT_DMA_MAP_AFTER_COMMIT,
+    PM_POINT_DMA_UNMAP, /* before entries are taken out */
     PM_POINT_FORK_PREPARE,
     PM_POINT_FORK_PARENT,
     PM_POINT_REMOVE_LINGER, /* a REMOVE is about to be declared over; the lock is not held */

@@ -315,6 +315,11 @@ void *pm_sys_calloc(size_t n, size_t size)
     return enter(PM_SYS_MALLOC) ? NULL : calloc(n, size);
 }
 
+void *pm_sys_malloc(size_t size)
+{
+    return enter(PM_SYS_MALLOC) ? NULL : malloc(size);
+}
+
 void pm_sys_name_thread(const char *name)
 {
     prctl(PR_SET_NAME, name);

@@ -17,7 +17,7 @@ HMM_PFN_WRITE = 1 << 62
 #: No page can ever be there: a hole, an unreadable vma, device memory of another driver.
 HMM_PFN_ERROR = 1 << 61
 
-HMM_PFN_ORDER_SHIFT = 56
+HMM_PFN_ORDER_SHIFT = 53
 
 #: Fault the page in if it is absent.
 HMM_PFN_REQ_FAULT = HMM_PFN_VALID
@@ -25,7 +25,7 @@ HMM_PFN_REQ_FAULT = HMM_PFN_VALID
 HMM_PFN_REQ_WRITE = HMM_PFN_WRITE
 
 #: The bits that are not the PFN.
-HMM_PFN_FLAGS = 0xFF << HMM_PFN_ORDER_SHIFT
+HMM_PFN_FLAGS = 0x7FF << HMM_PFN_ORDER_SHIFT
 
 _ORDER_MASK = 0x1F
 

@@ -22,7 +22,7 @@ from pymirror.pfn import PfnArray
 FAULT = pm.HMM_PFN_REQ_FAULT
 FAULT_WRITE = pm.HMM_PFN_REQ_FAULT | pm.HMM_PFN_REQ_WRITE
 RETRIES = 64
-ENTRY_PFN = (1 << 56) - 1
+ENTRY_PFN = (1 << 53) - 1
 # What the kernel does of its own accord and that gives a page another frame, or takes it away.
 MOVERS = ("pgmigrate_success", "thp_collapse_alloc", "thp_split", "pgsteal", "ksm_swpin_copy", "pswpout")
 

@@ -284,7 +284,7 @@ def test_a_source_without_files_generates(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_page_states_are_counted_from_pfns() -> None:
     valid, write = pm.HMM_PFN_VALID, pm.HMM_PFN_WRITE
-    huge = 9 << 56
+    huge = 9 << 53
     pfns = np.array([0, valid | 7, valid | write | 8, valid | write | huge | 512], np.uint64)
     states = PageStates()
     states.count(pfns, zero_pfn=7)

@@ -225,11 +225,11 @@ static void huge_pages_have_an_order(void)
         LEAVE_OUT("no transparent huge pages, or no PAGEMAP_SCAN to see them");
     }
     for (int i = 0; i < HUGE; i++)
-        CHECK_EQ((huge_pfns[i] >> 56) & 31, 9);
+        CHECK_EQ((huge_pfns[i] >> 53) & 31, 9);
     CHECK_EQ(mprotect(huge + PAGE, PAGE, PROT_READ), 0);
     CHECK_EQ(pm_walk(mm, &walk), 0);
-    CHECK_EQ((huge_pfns[0] >> 56) & 31, 0);
-    CHECK_EQ((huge_pfns[HUGE - 1] >> 56) & 31, 0);
+    CHECK_EQ((huge_pfns[0] >> 53) & 31, 0);
+    CHECK_EQ((huge_pfns[HUGE - 1] >> 53) & 31, 0);
     free(huge_pfns);
     free_pages(area, 2 * HUGE);
 }

@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * dma.c - the DMA engine: a device reads and writes by DMA address, through what is mapped there.
+ *
+ * An access goes mapping by mapping. Mirrored pages are reached as access.c does it, by process address and
+ * under the eyes of invalidations; the driver's own memory by a plain copy, which an unmapping waits for.
+ */
+#include <errno.h>
+
+#include "access.h"
+#include "domain.h"
+
+enum { PIECE_BYTES = 1 << 20 };
+
+/* A part of one mapping. */
+struct piece {
+    struct pm_dmap *dmap;
+    uint64_t at;  /* bytes from its first page */
+    uint64_t len; /* bytes */
+    char *buf;
+    bool write;
+};
+
+static uint64_t dmap_entry(const struct pm_access_span *span, uint64_t addr)
+{
+    const struct pm_dmap *dmap = span->from;
+
+    return dmap->entry[(addr - dmap->start) >> PM_PAGE_SHIFT];
+}
+
+static void fault(struct pm_dma_access *access, uint32_t why)
+{
+    access->fault = why;
+}
+
+static int64_t access_mirror(const struct piece *piece, struct pm_dma_access *access)
+{
+    struct pm_dmap *dmap = piece->dmap;
+    struct pm_access_span span = {
+        .mm = dmap->mm, .from = dmap, .entry_at = dmap_entry, .write = piece->write};
+    struct pm_access_why why = {0};
+    int64_t n;
+
+    span.addr = dmap->start + piece->at;
+    span.len = pm_access_span_len(span.addr, piece->len);
+    /* A closed mm has fenced all that it had: the entries say the rest. */
+    n = pm_mm_enter(dmap->mm);
+    if (n) {
+        n = pm_access_span_look(&span, &why) ? -EFAULT : -ESRCH;
+    } else {
+        n = pm_access_span_do(&span, &why, piece->buf);
+        pm_mm_exit(dmap->mm);
+    }
+    access->redone += why.redone;
+    access->fault = why.fault;
+    access->fault_start = why.start;
+    access->fault_end = why.end;
+    access->fence_seq = why.fence_seq;
+    return n;
+}
+
+static int64_t access_kernel(const struct piece *piece, struct pm_dma_access *access)
+{
+    struct pm_dmap *dmap = piece->dmap;
+    uint64_t addr = dmap->start + piece->at;
+    ssize_t n;
+
+    if (!pm_dmap_use(dmap, piece->at >> PM_PAGE_SHIFT)) {
+        fault(access, PM_FAULT_MISSING);
+        return -EFAULT;
+    }
+    n = piece->write ? pm_sys_vm_writev(piece->buf, addr, piece->len)
+                     : pm_sys_vm_readv(piece->buf, addr, piece->len);
+    pm_dmap_unuse(dmap);
+    return n == -EINTR ? 0 : n;
+}
+
+static bool permits(const struct pm_dmap *dmap, bool write)
+{
+    return dmap->direction == PM_DMA_BIDIRECTIONAL ||
+           dmap->direction == (write ? PM_DMA_FROM_DEVICE : PM_DMA_TO_DEVICE);
+}
+
+static int64_t access_dmap(struct piece *piece, struct pm_dma_access *access)
+{
+    struct pm_dmap *dmap = piece->dmap;
+
+    access->cookie = dmap->cookie;
+    access->fault_start = pm_page_down(dmap->start + piece->at);
+    access->fault_end = access->fault_start + PM_PAGE_SIZE;
+    if (!permits(dmap, piece->write)) {
+        fault(access, PM_FAULT_DIRECTION);
+        return -EFAULT;
+    }
+    if (piece->at < dmap->offset || piece->at >= dmap->offset + dmap->size) {
+        fault(access, PM_FAULT_MISSING);
+        return -EFAULT;
+    }
+    piece->len = pm_min(piece->len, dmap->offset + dmap->size - piece->at);
+    return dmap->source == PM_DMA_MIRROR ? access_mirror(piece, access) : access_kernel(piece, access);
+}
+
+static int64_t access_next(struct pm_domain *domain, struct pm_dma_access *access)
+{
+    uint64_t addr = access->addr + access->done, page, run_bytes;
+    struct piece piece = {
+        .len = pm_min(access->len - access->done, PIECE_BYTES),
+        .buf = (char *)access->buf + access->done,
+        .write = access->write != 0,
+    };
+    int64_t n;
+
+    access->cookie = 0;
+    piece.dmap = pm_domain_lookup(domain, addr, &page, &run_bytes);
+    if (!piece.dmap) {
+        fault(access, PM_FAULT_MISSING);
+        return -EFAULT;
+    }
+    piece.at = (page << PM_PAGE_SHIFT) + addr % PM_PAGE_SIZE;
+    piece.len = pm_min(piece.len, run_bytes);
+    n = access_dmap(&piece, access);
+    pm_dmap_put(piece.dmap);
+    return n;
+}
+
+int pm_dma_access(pm_domain *domain, struct pm_dma_access *access)
+{
+    int64_t n = 0;
+
+    access->fault = PM_FAULT_NONE;
+    access->done = access->cookie = access->fault_start = access->fault_end = 0;
+    access->fence_seq = access->redone = 0;
+    if (!pm_domain_owned(domain))
+        return -ESRCH;
+    if (access->len == 0 || access->len - 1 > UINT64_MAX - access->addr)
+        return -EINVAL;
+    if (access->addr > access->mask || access->len - 1 > access->mask - access->addr) {
+        fault(access, PM_FAULT_MASK);
+        return -EFAULT;
+    }
+    while (access->done < access->len && n >= 0) {
+        n = access_next(domain, access);
+        access->done += n > 0 ? (uint64_t)n : 0;
+    }
+    return n < 0 ? (int)n : 0;
+}
