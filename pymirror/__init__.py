@@ -23,11 +23,15 @@ if (_built := _ffi.string(_lib.pm_version()).decode()) != __version__:
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from .device import Device, DeviceFault, FaultReason, StaleAccessError
+from .dma.domain import DirectDomain, DmaDomain, IommuDomain
+from .dma.engine import IommuFaultError, IommuFaultReason, StaleDmaError
+from .dma.record import DmaMapping
 from .errors import FeatureError, MirrorError
 from .event import Event, Guarantee, MmuNotifierRange
 from .features import Features
 from .gup import PinnedPages, pin_user_pages, unpin_user_pages
 from .gup_flags import FOLL_GET, FOLL_LONGTERM, FOLL_PIN, FOLL_WRITE
+from .gup_dma import gup_range_dma_map, gup_range_dma_unmap
 from .hmm import (
     HMM_RANGE_DEFAULT_TIMEOUT,
     Hmm,
@@ -40,6 +44,7 @@ from .hmm import (
     hmm_vma_fault,
     hmm_vma_range_done,
 )
+from .hmm_dma import hmm_range_dma_map, hmm_range_dma_unmap
 from .lock import DriverLock
 from .mm import AddressSpace
 from .notifier import CallbackError, IntervalNotifier, MmuNotifier
@@ -79,6 +84,9 @@ __all__ = [
     "CallbackError",
     "Device",
     "DeviceFault",
+    "DirectDomain",
+    "DmaDomain",
+    "DmaMapping",
     "DriverLock",
     "Event",
     "FaultReason",
@@ -88,6 +96,9 @@ __all__ = [
     "Guarantee",
     "Hmm",
     "IntervalNotifier",
+    "IommuDomain",
+    "IommuFaultError",
+    "IommuFaultReason",
     "KiB",
     "MiB",
     "Mirror",
@@ -99,12 +110,17 @@ __all__ = [
     "Range",
     "Region",
     "StaleAccessError",
+    "StaleDmaError",
     "Vma",
     "__version__",
+    "gup_range_dma_map",
+    "gup_range_dma_unmap",
     "hmm_device_entry_from_pfn",
     "hmm_device_entry_to_pfn",
     "hmm_pfn_to_map_order",
     "hmm_pfn_to_pfn",
+    "hmm_range_dma_map",
+    "hmm_range_dma_unmap",
     "hmm_range_fault",
     "hmm_range_snapshot",
     "hmm_vma_fault",

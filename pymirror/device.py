@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ._shim import ffi, lib
 from .callback import may_wait
+from .dma.device import DmaDevice
+from .dma.domain import DmaDomain
 from .errors import MirrorError, error
+from .history import ago, invalidated_text
 from .page_table import Mapping, PageTable
 from .walk import PAGE_SIZE, detected
 
@@ -111,7 +114,7 @@ class StaleAccessError(MirrorError):
         super().__init__(
             errno.EFAULT,
             f"{device.name}: {access} at {addr:#x} through an entry that its callback did not clear;"
-            f" {_mapped_text(mapped)}; {_invalidated_text(invalidated, seq)}",
+            f" {_mapped_text(mapped)}; {invalidated_text(invalidated, seq)}",
             addr=addr,
             hint="clear the whole of [update.start, update.end) in the callback, before it returns",
         )
@@ -122,16 +125,26 @@ class StaleAccessError(MirrorError):
         return (_rebuild_stale, (self._message, dict(self.__dict__)))
 
 
-class Device:
+class Device(DmaDevice):
     """A device with a page table and no memory of its own.
 
-    ``read``, ``read_into`` and ``write`` go through ``page_table``. What it does not serve is a device fault:
-    the driver's handler maps it, and the access goes on. ``fault_timeout`` is for how many seconds an access
-    may make no progress.
+    ``read``, ``read_into`` and ``write`` go through ``page_table``, by virtual address. What it does not
+    serve is a device fault: the driver's handler maps it, and the access goes on. ``fault_timeout`` is for
+    how many seconds an access may make no progress.
+
+    ``dma_read``, ``dma_read_into`` and ``dma_write`` go by DMA address, through ``domain``: see DmaDevice for
+    ``dma_mask`` and ``iommu``.
     """
 
-    def __init__(self, name: str, *, fault_timeout: float = 1.0) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        *,
+        fault_timeout: float = 1.0,
+        dma_mask: int = (1 << 64) - 1,
+        iommu: bool | DmaDomain = True,
+    ) -> None:
+        super().__init__(name, dma_mask=dma_mask, iommu=iommu)
         self.page_table = PageTable()
         self.fault_timeout = fault_timeout
         self.stats = DeviceStats()
@@ -281,21 +294,8 @@ def _mapped_text(mapped: Mapping | None) -> str:
         return "who mapped it is too long ago"
     return (
         f"mapped by {mapped.file}:{mapped.line} with [{mapped.start:#x}, {mapped.end:#x}), seq {mapped.seq},"
-        f" {_ago(mapped.when)}"
+        f" {ago(mapped.when)}"
     )
-
-
-def _invalidated_text(invalidated: Invalidation | None, seq: int) -> str:
-    if invalidated is None:
-        return f"what invalidated it (seq {seq}) is too long ago"
-    return (
-        f"invalidated by {invalidated.event.name} ({invalidated.guarantee}) of"
-        f" [{invalidated.start:#x}, {invalidated.end:#x}), seq {invalidated.seq}, {_ago(invalidated.when)}"
-    )
-
-
-def _ago(when: float) -> str:
-    return f"{max(0.0, time.monotonic() - when) * 1e3:.3f} ms ago"
 
 
 def _rebuild_stale(message: str, state: dict[str, Any]) -> StaleAccessError:

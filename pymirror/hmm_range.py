@@ -16,6 +16,7 @@ from .errors import MirrorError, check
 from .lock import not_in_callback
 from .notifier import KIND_RANGE, wait_read_begin
 from .pfn import HMM_PFN_ERROR
+from .range_base import RangeBase
 from .walk import FAULT, FAULT_NOBLOCK, PAGE_SHIFT, SNAPSHOT, check_interval, walk_error
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _HUGE_SHIFT = 21
 _ALL = (1 << 64) - 1
 
 
-class Range:
+class Range(RangeBase):
     """[start, end) bytes of a mirror's mm, and what is known of its pages. Made by ``Mirror.range``.
 
     ``pfns`` is a uint64 array, an entry a page. In: requests of fault(); out: what the walk found. An
@@ -164,6 +165,22 @@ class Range:
     def read_retry(self, seq: int) -> bool:
         """Whether an invalidation has overlapped since `seq` was the range's sequence number."""
         return not self._registered or lib.pm_sub_read_retry(self._sub, seq) != 0
+
+    def _dma_pages(self) -> PfnArray:
+        return self._pages
+
+    def _dma_source(self, options: Any, seq: int) -> None:
+        """By address, under the sequence: no page is held."""
+        options.source = lib.PM_DMA_MIRROR
+        options.sub = self._sub
+        options.seq = seq
+        options.pfns = self._walk.pfns
+
+    def _forget(self, first: int, npages: int) -> None:
+        """Of 4 KiB pages taken off a device: NONE in ``pfns``, as hmm_range_dma_unmap() leaves it."""
+        self._pages[first : first + npages] = 0
+        if self._form is not None:
+            self._form.from_native()
 
     def register(self) -> None:
         """hmm_range_register(): from here on invalidations make the range invalid. Idempotent.

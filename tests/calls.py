@@ -57,6 +57,9 @@ class World:
         self.seq = self.rng.fault()
         self.sub_seq = self.sub.read_begin()
         assert self.table.map(self.rng, self.seq)
+        self.daddr = int(pm.hmm_range_dma_map(self.rng, self.device)[0])
+        self.domain = self.device.domain
+        self.mapping = self.domain.mappings()[0]
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
         self.held = mm.mmap(2 * PAGE)
@@ -119,6 +122,11 @@ def _enter(manager: Any) -> None:
 def _changes(name: str, run: Callable[[World], object]) -> Call:
     """It runs callbacks, or waits for them."""
     return Call(name, run, DEADLK, DEADLK, SRCH, SRCH)
+
+
+def _maps(name: str, run: Callable[[World], object]) -> Call:
+    """DMA to mirrored memory: the mapping of a closed mm is fenced."""
+    return Call(name, run, DEADLK, DEADLK, FAULT_ERRNO, SRCH)
 
 
 def _looks(name: str, run: Callable[[World], object]) -> Call:
@@ -220,6 +228,7 @@ CALLS = [
     _changes("Device.read_into", lambda w: w.device.read_into(w.mm, w.start, bytearray(8))),
     _changes("Device.write", lambda w: w.device.write(w.mm, w.start, w.content[:8])),
     _looks("Device.set_fault_handler", lambda w: w.device.set_fault_handler(w.driver.handle)),
+<<<<<<< HEAD
     _changes("pin_user_pages", lambda w: _enter(pm.pin_user_pages(w.mm, w.held.addr, 1))),
     Call("unpin_user_pages", lambda w: pm.unpin_user_pages(w.other_pin), OK, OK, SRCH, SRCH),
     Call("PinnedPages.read", lambda w: w.pin.read(0, 8), OK, OK, SRCH, SRCH),
@@ -229,6 +238,47 @@ CALLS = [
         _looks(f"PinnedPages.{name}", lambda w, name=name: getattr(w.pin, name))  # type: ignore[misc]
         for name in ("end", "mm", "native", "npages", "pfns", "pinned", "pinned_at", "start", "unpinned_at")
     ),
+=======
+    _maps("Device.dma_read", lambda w: w.device.dma_read(w.daddr, 8)),
+    _maps("Device.dma_read_into", lambda w: w.device.dma_read_into(w.daddr, bytearray(8))),
+    _maps("Device.dma_write", lambda w: w.device.dma_write(w.daddr, w.content[:8])),
+    _maps("Device.dma_read_sg", lambda w: w.device.dma_read_sg([(w.daddr, 8)])),
+    _maps("Device.dma_write_sg", lambda w: w.device.dma_write_sg([(w.daddr, 8)], w.content[:8])),
+    _looks("Device.domain", lambda w: w.device.domain),
+    _maps("hmm_range_dma_map", lambda w: pm.hmm_range_dma_map(w.rng, w.device)),
+    *(
+        _looks(f"{domain}.{name}", lambda w, name=name: getattr(w.domain, name))  # type: ignore[misc]
+        for domain in ("DmaDomain", "IommuDomain", "DirectDomain")
+        for name in ("mappings", "mapping_of", "new_cookie", "remember", "forget", "iommu")
+    ),
+    *(
+        Call(f"{domain}.{name}", lambda w, name=name: getattr(w.domain, name)(), child=SRCH)  # type: ignore[misc]
+        for domain in ("DmaDomain", "IommuDomain", "DirectDomain")
+        for name in ("stats", "flush")
+    ),
+    Call("IommuDomain.iova_stats", lambda w: w.domain.iova_stats(), child=SRCH),
+    Call("IommuDomain.reserve", lambda w: w.domain.reserve(4096, 8191), child=SRCH),
+    *(
+        _looks(f"DmaMapping.{name}", lambda w, name=name: getattr(w.mapping, name))  # type: ignore[misc]
+        for name in (
+            "cookie",
+            "device",
+            "direction",
+            "iova",
+            "kind",
+            "mm",
+            "native",
+            "npages",
+            "size",
+            "site",
+        )
+    ),
+    *(
+        _looks(f"DmaMapping.{name}", lambda w, name=name: getattr(w.mapping, name))  # type: ignore[misc]
+        for name in ("start", "when", "mapped", "gave", "dirtied", "unlink", "unmap")
+    ),
+    Call("DmaMapping.info", lambda w: w.mapping.info(), child=SRCH),
+>>>>>>> acfdd16 (hmm_range_dma_map over gup_range_dma_map; the DMA engine, IOMMU faults and stale DMA with both histories)
     Call("Region.close", lambda w: w.buf.close(), DEADLK, DEADLK),
     _looks("Region.closed", lambda w: w.buf.closed),
     _looks("Region.fd", lambda w: w.buf.fd),

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""gup_range_dma_map(): mapping the pages of a range for a device, whatever keeps them from going away.
+
+This is what mirroring and pinning drivers share: IOVAs, IOMMU entries, bookkeeping. Nothing here knows of
+notifiers: how a device reaches a page, and what ends that, the range itself says (RangeBase).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ._shim import ffi
+from .dma.direction import DMA_BIDIRECTIONAL
+from .dma.record import DmaMapping
+from .errors import MirrorError
+from .walk import PAGE_SHIFT, check_pfns
+
+if TYPE_CHECKING:
+    from .dma.device import DmaDevice
+    from .pfn import PfnArray
+    from .range_base import RangeBase
+
+
+def gup_range_dma_map(
+    rng: RangeBase, dev: DmaDevice, *, out: PfnArray | None = None, seq: int = 0, kind: str = "gup"
+) -> PfnArray:
+    """Map the valid pages of a range for a device: one DMA address a 4 KiB page, 0 where nothing is mapped.
+
+    Pages with HMM_PFN_WRITE are mapped both ways, others for reading. ``out`` is a uint64 array to fill
+    instead of a new one.
+
+    EFAULT: the mapping failed: no IOVAs are left below the device's mask, or, without an IOMMU, a page is
+    beyond it. EBUSY: a mirrored range was invalidated since ``seq``. EINVAL; ENOMEM; ESRCH. On an error
+    nothing is mapped.
+    """
+    pages = rng._dma_pages()
+    daddrs = np.empty(pages.size, np.uint64) if out is None else out
+    check_pfns(f"{kind}_range_dma_map: out", daddrs, pages.size)
+    options = ffi.new("struct pm_dmap_options *")
+    options.start, options.n = rng.start, pages.size
+    options.daddrs = ffi.from_buffer("uint64_t[]", daddrs)
+    rng._dma_source(options, seq)
+    try:
+        mapping = DmaMapping(dev, kind, DMA_BIDIRECTIONAL, options)
+    except MirrorError as failed:
+        raise _failure(kind, rng, dev, failed) from None
+    mapping.mm = rng.mm
+    dev._add_range_mapping(rng, mapping)
+    return daddrs
+
+
+def gup_range_dma_unmap(
+    rng: RangeBase,
+    dev: DmaDevice,
+    daddrs: PfnArray | None = None,
+    *,
+    dirty: bool = False,
+    start: int | None = None,
+    end: int | None = None,
+    kind: str = "gup",
+) -> int:
+    """Unmap what gup_range_dma_map() mapped; returns how many pages were mapped still. For callbacks too.
+
+    ``daddrs`` is what it returned, and is zeroed where unmapped; without it the range's last mapping for the
+    device is meant. [``start``, ``end``), page-aligned bytes, limits it to a part; the mapping is gone with
+    its last page. ``dirty`` counts the pages that a device could write to as dirtied. 0 when nothing is
+    mapped; EINVAL for an interval outside the range or a foreign ``daddrs``.
+    """
+    first, last = _interval(kind, rng, start, end)
+    if daddrs is not None:
+        check_pfns(f"{kind}_range_dma_unmap: daddrs", daddrs, (rng.end - rng.start) >> PAGE_SHIFT)
+    mapping = dev._range_mapping(rng, daddrs)
+    if mapping is None:
+        return 0
+    if first == 0 and last == mapping.npages:
+        taken, writable = mapping.unmap()
+    else:
+        taken, writable = mapping.unlink(first, last - first)
+        if not mapping.info().linked:
+            mapping.unmap()
+    if not mapping.mapped:
+        dev._drop_range_mapping(rng, mapping)
+    if dirty:
+        mapping.dirtied(writable)
+    if daddrs is not None:
+        daddrs[first:last] = 0
+    return taken
+
+
+def _interval(kind: str, rng: RangeBase, start: int | None, end: int | None) -> tuple[int, int]:
+    """The pages meant, as indices."""
+    first = rng.start if start is None else max(start, rng.start)
+    last = rng.end if end is None else min(end, rng.end)
+    if first % (1 << PAGE_SHIFT) == last % (1 << PAGE_SHIFT) == 0 and first < last:
+        return (first - rng.start) >> PAGE_SHIFT, (last - rng.start) >> PAGE_SHIFT
+    raise MirrorError(
+        errno.EINVAL,
+        f"{kind}_range_dma_unmap: [{first:#x}, {last:#x}) is no part of {rng!r} in whole pages",
+        addr=first,
+        hint="give page-aligned bytes inside the range, or leave start and end out",
+    )
+
+
+def _failure(kind: str, rng: RangeBase, dev: DmaDevice, failed: MirrorError) -> MirrorError:
+    what = f"{kind}_range_dma_map of [{rng.start:#x}, {rng.end:#x}) for {dev.name}"
+    if failed.errno == errno.EBUSY:
+        return MirrorError(errno.EBUSY, f"{what}: invalidated meanwhile, nothing is mapped", addr=rng.start)
+    if failed.errno == errno.ENOSPC:
+        why, hint = "no IOVAs are left", "unmap something, or give the device a wider dma_mask or aperture"
+    elif failed.errno == errno.EFAULT:
+        why = f"a page is beyond the device's mask {dev.dma_mask:#x}"
+        hint = "give the device an IOMMU, or a wider dma_mask"
+    else:
+        return failed
+    return MirrorError(errno.EFAULT, f"{what}: {why}, nothing is mapped", addr=rng.start, hint=hint)
