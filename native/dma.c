@@ -59,20 +59,41 @@ static int64_t access_mirror(const struct piece *piece, struct pm_dma_access *ac
     return n;
 }
 
-static int64_t access_kernel(const struct piece *piece, struct pm_dma_access *access)
+static int64_t copy_kernel(const struct piece *piece)
 {
-    struct pm_dmap *dmap = piece->dmap;
-    uint64_t addr = dmap->start + piece->at;
-    ssize_t n;
+    uint64_t addr = piece->dmap->start + piece->at;
+    ssize_t n = piece->write ? pm_sys_vm_writev(piece->buf, addr, piece->len)
+                             : pm_sys_vm_readv(piece->buf, addr, piece->len);
 
-    if (!pm_dmap_use(dmap, piece->at >> PM_PAGE_SHIFT)) {
-        fault(access, PM_FAULT_MISSING);
+    return n == -EINTR ? 0 : n;
+}
+
+/* A pin that its mm's close gave back leads nowhere. */
+static int64_t copy_pin(const struct piece *piece, struct pm_dma_access *access)
+{
+    uint64_t done = 0;
+    int err = pm_pin_access(piece->dmap->pin, piece->at, piece->buf, piece->len, piece->write, &done);
+
+    if (err != -ESRCH || done)
+        return done ? (int64_t)done : err;
+    fault(access, PM_FAULT_MISSING);
+    return -EFAULT;
+}
+
+/* What no invalidation fences: the driver's own memory, and pinned pages. */
+static int64_t access_held(const struct piece *piece, struct pm_dma_access *access)
+{
+    uint32_t why;
+    int64_t n;
+
+    why = pm_dmap_use(piece->dmap, piece->at >> PM_PAGE_SHIFT, piece->write);
+    if (why) {
+        fault(access, why);
         return -EFAULT;
     }
-    n = piece->write ? pm_sys_vm_writev(piece->buf, addr, piece->len)
-                     : pm_sys_vm_readv(piece->buf, addr, piece->len);
-    pm_dmap_unuse(dmap);
-    return n == -EINTR ? 0 : n;
+    n = piece->dmap->source == PM_DMA_PIN ? copy_pin(piece, access) : copy_kernel(piece);
+    pm_dmap_unuse(piece->dmap);
+    return n;
 }
 
 static bool permits(const struct pm_dmap *dmap, bool write)
@@ -97,7 +118,7 @@ static int64_t access_dmap(struct piece *piece, struct pm_dma_access *access)
         return -EFAULT;
     }
     piece->len = pm_min(piece->len, dmap->offset + dmap->size - piece->at);
-    return dmap->source == PM_DMA_MIRROR ? access_mirror(piece, access) : access_kernel(piece, access);
+    return dmap->source == PM_DMA_MIRROR ? access_mirror(piece, access) : access_held(piece, access);
 }
 
 static int64_t access_next(struct pm_domain *domain, struct pm_dma_access *access)

@@ -51,6 +51,8 @@ static void free_dmap(struct pm_dmap *dmap)
         free(dmap->runs);
     if (dmap->mm)
         pm_mm_put(dmap->mm);
+    if (dmap->pin)
+        pm_pin_put(dmap->pin);
     pm_domain_drop(dmap->domain);
     free(dmap);
 }
@@ -213,8 +215,11 @@ static int check_options(const struct pm_dmap_options *opt)
         return -EINVAL;
     if (opt->source == PM_DMA_KERNEL)
         return opt->size && opt->start % PM_PAGE_SIZE + opt->size <= opt->n << PM_PAGE_SHIFT ? 0 : -EINVAL;
-    if (opt->source != PM_DMA_MIRROR || opt->start % PM_PAGE_SIZE || !opt->sub ||
-        user_end - opt->start < opt->n << PM_PAGE_SHIFT)
+    if (opt->start % PM_PAGE_SIZE || user_end - opt->start < opt->n << PM_PAGE_SHIFT)
+        return -EINVAL;
+    if (opt->source == PM_DMA_PIN)
+        return opt->pin && opt->pfns && !opt->flags ? 0 : -EINVAL;
+    if (opt->source != PM_DMA_MIRROR || !opt->sub)
         return -EINVAL;
     return opt->pfns || (opt->flags & PM_DMAP_EMPTY) ? 0 : -EINVAL;
 }
@@ -242,6 +247,10 @@ static int make(const struct pm_dmap_options *opt, struct pm_dmap **ret)
     if (opt->source == PM_DMA_MIRROR) {
         dmap->mm = opt->sub->mm;
         pm_mm_get(dmap->mm);
+    }
+    if (opt->source == PM_DMA_PIN) {
+        dmap->pin = opt->pin;
+        pm_pin_get(dmap->pin);
     }
     dmap->source = opt->source;
     dmap->direction = opt->direction;
@@ -304,7 +313,9 @@ int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret)
         err = commit(dmap, opt->sub, opt->seq);
         pm_unlock(dmap->mm);
     } else {
-        pm_domain_insert(dmap->domain, dmap);
+        err = dmap->pin ? pm_pin_hold(dmap->pin) : 0;
+        if (!err)
+            pm_domain_insert(dmap->domain, dmap);
     }
     pm_point(PM_POINT_DMA_MAP_AFTER_COMMIT);
     if (err) {
@@ -343,15 +354,19 @@ int pm_dmap_link(pm_dmap *dmap, pm_sub *sub, uint64_t seq, uint64_t first, uint6
     return err;
 }
 
-bool pm_dmap_use(struct pm_dmap *dmap, uint64_t page)
+uint32_t pm_dmap_use(struct pm_dmap *dmap, uint64_t page, bool write)
 {
-    bool there;
+    uint32_t why = PM_FAULT_NONE;
 
     pthread_mutex_lock(&dmap->domain->lock);
-    there = dmap->entry[page] != 0;
-    dmap->users += there;
+    if (dmap->entry[page] == 0)
+        why = PM_FAULT_MISSING;
+    else if (write && !(dmap->entry[page] & PM_ENTRY_WRITE))
+        why = PM_FAULT_READONLY;
+    else
+        dmap->users++;
     pthread_mutex_unlock(&dmap->domain->lock);
-    return there;
+    return why;
 }
 
 void pm_dmap_unuse(struct pm_dmap *dmap)
@@ -437,6 +452,8 @@ int64_t pm_dmap_unmap(pm_dmap *dmap, uint64_t *writable)
         return 0;
     taken = pm_dmap_unlink(dmap, 0, dmap->n, writable);
     leave_mm(dmap);
+    if (dmap->pin)
+        pm_pin_unhold(dmap->pin);
     pm_domain_give_back(dmap->domain, dmap);
     return taken;
 }

@@ -21,8 +21,9 @@ struct pm_dmap_run {
 struct pm_dmap {
     struct pm_inode by_addr; /* first: of the mm's tree, in bytes of process addresses */
     struct pm_domain *domain;
-    struct pm_mm *mm; /* MIRROR */
-    uint64_t start;   /* process address of the first page */
+    struct pm_mm *mm;   /* MIRROR */
+    struct pm_pin *pin; /* PIN */
+    uint64_t start;     /* process address of the first page */
     uint64_t n;
     uint64_t offset, size;    /* bytes from the first page on that are mapped */
     uint64_t iova, iova_size; /* the extent of IOVAs that is its own; size 0: none */
@@ -32,7 +33,7 @@ struct pm_dmap {
     atomic_int refs;
     bool fenceable; /* in the mm's tree; under the device lock */
     bool mapped;    /* in the domain's tree; under the domain's lock */
-    unsigned users; /* copies of driver memory under way; under the domain's lock */
+    unsigned users; /* copies under way that no fence stops; under the domain's lock */
     uint64_t linked;
     uint64_t segments, entries, bytes;
     uint64_t nruns;
@@ -88,8 +89,8 @@ int pm_domain_alloc(struct pm_domain *domain, uint64_t size, uint64_t limit, uin
 
 void pm_dmap_get(struct pm_dmap *dmap);
 void pm_dmap_free_iovas(struct pm_dmap *dmap);
-/* A copy to or from a page of driver memory begins, if it is mapped, and ends. */
-bool pm_dmap_use(struct pm_dmap *dmap, uint64_t page);
+/* A copy that no fence stops begins: 0, or the fault of that page; and ends. */
+uint32_t pm_dmap_use(struct pm_dmap *dmap, uint64_t page, bool write);
 void pm_dmap_unuse(struct pm_dmap *dmap);
 
 /* dmap.c, for invalidate.c: with the device lock held; they allocate nothing and take no other lock */

@@ -495,6 +495,7 @@ int64_t pm_domain_flush(pm_domain *domain);
 
 enum pm_dma_source {
     PM_DMA_MIRROR, /* process memory by address, fenced by invalidations; no page is held */
+    PM_DMA_PIN,    /* pinned pages, which stay what they were; held while they are mapped */
     PM_DMA_KERNEL  /* the driver's own memory, which it keeps until it has unmapped it */
 };
 
@@ -507,6 +508,7 @@ struct pm_dmap_options {
     pm_domain *domain;
     pm_sub *sub; /* MIRROR: whose sequence is checked */
     uint64_t seq;
+    pm_pin *pin;          /* PIN: all of its pages */
     uint64_t start;       /* address of the first page; KERNEL: of the first byte */
     uint64_t n;           /* pages */
     uint64_t size;        /* KERNEL: bytes, from start */

@@ -30,8 +30,8 @@ from .errors import FeatureError, MirrorError
 from .event import Event, Guarantee, MmuNotifierRange
 from .features import Features
 from .gup import PinnedPages, pin_user_pages, unpin_user_pages
-from .gup_flags import FOLL_GET, FOLL_LONGTERM, FOLL_PIN, FOLL_WRITE
 from .gup_dma import gup_range_dma_map, gup_range_dma_unmap
+from .gup_flags import FOLL_GET, FOLL_LONGTERM, FOLL_PIN, FOLL_WRITE
 from .hmm import (
     HMM_RANGE_DEFAULT_TIMEOUT,
     Hmm,

@@ -133,7 +133,14 @@ class PinnedPages(RangeBase):
         )
 
     def _dma_pages(self) -> PfnArray:
+        self._check("gup_range_dma_map")
         return self._pfns
+
+    def _dma_source(self, options: Any, seq: int) -> None:
+        """Through the pin, which is held while it is mapped."""
+        options.source = lib.PM_DMA_PIN
+        options.pin = self._native
+        options.pfns = ffi.from_buffer("uint64_t[]", self._pfns)
 
     def _access(self, what: str, offset: int, memory: Any, write: bool) -> None:
         what = f"PinnedPages.{what}"

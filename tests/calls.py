@@ -228,7 +228,6 @@ CALLS = [
     _changes("Device.read_into", lambda w: w.device.read_into(w.mm, w.start, bytearray(8))),
     _changes("Device.write", lambda w: w.device.write(w.mm, w.start, w.content[:8])),
     _looks("Device.set_fault_handler", lambda w: w.device.set_fault_handler(w.driver.handle)),
-<<<<<<< HEAD
     _changes("pin_user_pages", lambda w: _enter(pm.pin_user_pages(w.mm, w.held.addr, 1))),
     Call("unpin_user_pages", lambda w: pm.unpin_user_pages(w.other_pin), OK, OK, SRCH, SRCH),
     Call("PinnedPages.read", lambda w: w.pin.read(0, 8), OK, OK, SRCH, SRCH),
@@ -238,7 +237,6 @@ CALLS = [
         _looks(f"PinnedPages.{name}", lambda w, name=name: getattr(w.pin, name))  # type: ignore[misc]
         for name in ("end", "mm", "native", "npages", "pfns", "pinned", "pinned_at", "start", "unpinned_at")
     ),
-=======
     _maps("Device.dma_read", lambda w: w.device.dma_read(w.daddr, 8)),
     _maps("Device.dma_read_into", lambda w: w.device.dma_read_into(w.daddr, bytearray(8))),
     _maps("Device.dma_write", lambda w: w.device.dma_write(w.daddr, w.content[:8])),
@@ -278,7 +276,6 @@ CALLS = [
         for name in ("start", "when", "mapped", "gave", "dirtied", "unlink", "unmap")
     ),
     Call("DmaMapping.info", lambda w: w.mapping.info(), child=SRCH),
->>>>>>> acfdd16 (hmm_range_dma_map over gup_range_dma_map; the DMA engine, IOMMU faults and stale DMA with both histories)
     Call("Region.close", lambda w: w.buf.close(), DEADLK, DEADLK),
     _looks("Region.closed", lambda w: w.buf.closed),
     _looks("Region.fd", lambda w: w.buf.fd),
