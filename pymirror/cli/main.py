@@ -27,6 +27,12 @@ EXIT_BROKEN_PIPE = 141
 DESCRIPTION = "Linux HMM for user space: mirror real process memory in a software device."
 
 EPILOG = """\
+examples:
+  pymirror doctor                       what can be done here, and what would help
+  pymirror demo                         the main job, on real memory
+  pymirror inspect 4242                 a process that hangs
+  pymirror COMMAND --help               more of each
+
 exit codes:
   0    done, and all is well
   1    done, and something is wrong: a checksum, a stale access, a scenario that differs, a process that

@@ -46,7 +46,7 @@ def sources() -> Iterator[Check]:
         "userfaultfd",
         "sysctl",
         Status.INFO,
-        "vm.unprivileged_userfaultfd is not there"
+        f"vm.unprivileged_userfaultfd {_not_there()}"
         if allowed is None
         else f"vm.unprivileged_userfaultfd = {allowed}: the system call gives one that resolves faults inside"
         f" system calls to {'everybody' if allowed else 'CAP_SYS_PTRACE'}",
@@ -57,11 +57,17 @@ def sources() -> Iterator[Check]:
         "io_uring",
         "sysctl",
         Status.INFO,
-        "kernel.io_uring_disabled is not there: io_uring is for everybody"
+        f"kernel.io_uring_disabled {_not_there()}"
         if disabled is None
         else f"kernel.io_uring_disabled = {disabled}: {_io_uring_for(disabled, group)}",
         data={"kernel.io_uring_disabled": disabled, "kernel.io_uring_group": group},
     )
+
+
+def _not_there() -> str:
+    if not os.path.isdir("/proc/sys/kernel"):
+        return "cannot be read: /proc/sys is not there"
+    return "is not there: this kernel has no such switch"
 
 
 def _io_uring_for(disabled: int, group: int | None) -> str:
