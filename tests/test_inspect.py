@@ -250,6 +250,7 @@ def test_a_gil_that_is_held_in_native_code() -> None:
     with target("gil") as one:
         look, found = one.until(lambda _, found: "for the GIL" in found)
         assert "HUNG: the dispatcher" in found
+        assert f"it is one of: python ({one.pid})" in found.replace(look.process.name, "python")
         assert f"py-spy dump --native --pid {one.pid}" in found
         code, report = one.cli()
         assert code == EXIT_FAILURE

@@ -133,9 +133,20 @@ def _dispatcher(look: Look, space: Space, after_s: float) -> Iterator[Finding]:
     yield Finding(
         "HUNG",
         f"the dispatcher ({thread.tid}) has waited for the GIL for {age:.1f} s: a thread holds it in native"
-        f" code; {space.queue_depth} event(s) wait for their callbacks",
+        f" code; {space.queue_depth} event(s) wait for their callbacks{_who_has_the_gil(look)}",
         f"py-spy dump --native --pid {look.process.pid}",
     )
+
+
+def _who_has_the_gil(look: Look) -> str:
+    """Those that wait for it are asleep on a futex."""
+    others = [
+        f"{thread.name} ({thread.tid})"
+        for thread in look.threads
+        if thread.name not in (_MONITOR_NAME, _DISPATCHER_NAME)
+        and (thread.state == "R" or (thread.syscall and thread.syscall[0] != FUTEX))
+    ]
+    return f"; it is one of: {', '.join(others)}" if 0 < len(others) <= 8 else ""
 
 
 def _monitor(look: Look, space: Space, after_s: float) -> Iterator[Finding]:
