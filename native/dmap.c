@@ -280,11 +280,11 @@ static int make(const struct pm_dmap_options *opt, struct pm_dmap **ret)
 }
 
 /* With the device lock held. */
-static int commit(struct pm_dmap *dmap, const struct pm_sub *sub, uint64_t seq)
+static int commit(struct pm_dmap *dmap, const struct pm_dmap_options *opt)
 {
     if (pm_mm_check(dmap->mm))
         return -ESRCH;
-    if (pm_sub_stale(sub, seq))
+    if (!(opt->flags & PM_DMAP_EMPTY) && pm_sub_stale(opt->sub, opt->seq))
         return -EBUSY;
     dmap->by_addr.start = dmap->start;
     dmap->by_addr.last = dmap->start + (dmap->n << PM_PAGE_SHIFT) - 1;
@@ -310,7 +310,7 @@ int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret)
     pm_point(PM_POINT_DMA_MAP_BEFORE_COMMIT);
     if (fences(dmap)) {
         pm_lock(dmap->mm);
-        err = commit(dmap, opt->sub, opt->seq);
+        err = commit(dmap, opt);
         pm_unlock(dmap->mm);
     } else {
         err = dmap->pin ? pm_pin_hold(dmap->pin) : 0;

@@ -267,6 +267,8 @@ struct pm_walk {
  * error pfns from fail_start on are 0.
  */
 int pm_walk(pm_mm *mm, struct pm_walk *walk);
+/* The same, but bits 58 to 60 of the pfns stay as they were, whatever becomes of the walk. */
+int pm_walk_inout(pm_mm *mm, struct pm_walk *walk);
 
 /* The device page table. */
 

@@ -45,12 +45,17 @@ from .hmm import (
     hmm_vma_range_done,
 )
 from .hmm_dma import hmm_range_dma_map, hmm_range_dma_unmap
+from .hmm_dma_map import HmmDmaMap, hmm_dma_map_alloc, hmm_dma_map_free, hmm_dma_map_pfn, hmm_dma_unmap_pfn
 from .lock import DriverLock
 from .mm import AddressSpace
 from .notifier import CallbackError, IntervalNotifier, MmuNotifier
 from .page_table import PageTable
 from .pfn import (
+    HMM_PFN_DMA_MAPPED,
     HMM_PFN_ERROR,
+    HMM_PFN_INOUT_FLAGS,
+    HMM_PFN_P2PDMA,
+    HMM_PFN_P2PDMA_BUS,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
@@ -70,7 +75,11 @@ __all__ = [
     "FOLL_LONGTERM",
     "FOLL_PIN",
     "FOLL_WRITE",
+    "HMM_PFN_DMA_MAPPED",
     "HMM_PFN_ERROR",
+    "HMM_PFN_INOUT_FLAGS",
+    "HMM_PFN_P2PDMA",
+    "HMM_PFN_P2PDMA_BUS",
     "HMM_PFN_REQ_FAULT",
     "HMM_PFN_REQ_WRITE",
     "HMM_PFN_VALID",
@@ -95,6 +104,7 @@ __all__ = [
     "GiB",
     "Guarantee",
     "Hmm",
+    "HmmDmaMap",
     "IntervalNotifier",
     "IommuDomain",
     "IommuFaultError",
@@ -117,6 +127,10 @@ __all__ = [
     "gup_range_dma_unmap",
     "hmm_device_entry_from_pfn",
     "hmm_device_entry_to_pfn",
+    "hmm_dma_map_alloc",
+    "hmm_dma_map_free",
+    "hmm_dma_map_pfn",
+    "hmm_dma_unmap_pfn",
     "hmm_pfn_to_map_order",
     "hmm_pfn_to_pfn",
     "hmm_range_dma_map",

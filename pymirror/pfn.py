@@ -17,6 +17,13 @@ HMM_PFN_WRITE = 1 << 62
 #: No page can ever be there: a hole, an unreadable vma, device memory of another driver.
 HMM_PFN_ERROR = 1 << 61
 
+#: Kept across faults (HMM_PFN_INOUT_FLAGS): the page is mapped for DMA; it is peer-to-peer memory; the bus
+#: address is the peer's.
+HMM_PFN_DMA_MAPPED = 1 << 60
+HMM_PFN_P2PDMA = 1 << 59
+HMM_PFN_P2PDMA_BUS = 1 << 58
+HMM_PFN_INOUT_FLAGS = HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA | HMM_PFN_P2PDMA_BUS
+
 HMM_PFN_ORDER_SHIFT = 53
 
 #: Fault the page in if it is absent.

@@ -135,7 +135,7 @@ def hmm_range_fault(
     ``pfns`` is a contiguous uint64 array with one entry a 4 KiB page: in, requests; out, HMM pfns. The
     request of a page is ``(pfns[i] & pfn_flags_mask) | default_flags``. ``seq`` comes from
     ``sub.read_begin()``, and the interval lies in the notifier's. Without a request a hole gives
-    HMM_PFN_ERROR and an absent page 0.
+    HMM_PFN_ERROR and an absent page 0. The bits HMM_PFN_INOUT_FLAGS are left as they are.
 
     EBUSY: the sequence moved, begin again with read_begin(), the pfns are unusable. EFAULT: a page asked for
     is in a hole or in a vma without access. EPERM: a write to a read-only vma. EINVAL, ENOMEM. ESRCH after
@@ -163,7 +163,7 @@ def hmm_range_fault(
             "seq": seq,
         },
     )
-    ret = lib.pm_walk(mm.native, walk)
+    ret = lib.pm_walk_inout(mm.native, walk)
     if ret < 0:
         raise walk_error(mm, walk, ret, what)
 

@@ -60,6 +60,7 @@ class World:
         self.daddr = int(pm.hmm_range_dma_map(self.rng, self.device)[0])
         self.domain = self.device.domain
         self.mapping = self.domain.mappings()[0]
+        self.dma_map = pm.hmm_dma_map_alloc(self.device, self.sub, self.start, 4)
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
         self.held = mm.mmap(2 * PAGE)
@@ -275,6 +276,9 @@ CALLS = [
         _looks(f"DmaMapping.{name}", lambda w, name=name: getattr(w.mapping, name))  # type: ignore[misc]
         for name in ("start", "when", "mapped", "gave", "dirtied", "unlink", "unmap")
     ),
+    _looks("HmmDmaMap.iova", lambda w: w.dma_map.iova),
+    _looks("HmmDmaMap.end", lambda w: w.dma_map.end),
+    _looks("HmmDmaMap.entries", lambda w: w.dma_map.entries(w.start, w.end)),
     Call("DmaMapping.info", lambda w: w.mapping.info(), child=SRCH),
     Call("Region.close", lambda w: w.buf.close(), DEADLK, DEADLK),
     _looks("Region.closed", lambda w: w.buf.closed),

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""hmm_dma_map_alloc() and its kin: the DMA side of HMM since 6.16, page by page under a notifier.
+
+IOVAs are allocated once for all the pages that may come. What is mapped of them is remembered in the pfns
+themselves, by bits that hmm_range_fault() leaves alone, so that mapping again costs nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ._shim import ffi, lib
+from .dma.direction import DMA_BIDIRECTIONAL, DMA_MAPPING_ERROR
+from .dma.domain import checked
+from .dma.record import DmaMapping
+from .errors import MirrorError, error
+from .pfn import HMM_PFN_DMA_MAPPED, HMM_PFN_INOUT_FLAGS, HMM_PFN_VALID
+from .walk import PAGE_SHIFT, PAGE_SIZE, check_covers, check_interval
+
+if TYPE_CHECKING:
+    from .dma.device import DmaDevice
+    from .notifier import IntervalNotifier
+    from .pfn import PfnArray
+
+_KEPT_OUT = (1 << 64) - 1 ^ HMM_PFN_INOUT_FLAGS
+
+
+class HmmDmaMap:
+    """``struct hmm_dma_map``: IOVAs for ``nr_entries`` entries, and their pfns. Made by hmm_dma_map_alloc().
+
+    ``pfn_list`` is a uint64 array with a pfn a 4 KiB page, for hmm_range_fault() under ``notifier`` from
+    address ``start`` on. An entry is ``dma_entry_size`` bytes. ``iova`` is the DMA address of the first
+    entry, 0 without an IOMMU, where each page has an address of its own.
+    """
+
+    def __init__(
+        self, dev: DmaDevice, notifier: IntervalNotifier, start: int, nr_entries: int, dma_entry_size: int
+    ) -> None:
+        self.dev = dev
+        self.notifier = notifier
+        self.start = start
+        self.nr_entries = nr_entries
+        self.dma_entry_size = dma_entry_size
+        self.pages_per_entry = dma_entry_size >> PAGE_SHIFT
+        self.pfn_list: PfnArray = np.zeros(nr_entries * self.pages_per_entry, np.uint64)
+        #: Behind an IOMMU one mapping, whose pages come and go; else one for each entry that is mapped.
+        self._whole: DmaMapping | None = None
+        self._each: dict[int, DmaMapping] = {}
+        self.freed = False
+        if dev.domain.iommu:
+            self._whole = self._make(start, self.pfn_list, 0, lib.PM_DMAP_EMPTY)
+
+    @property
+    def iova(self) -> int:
+        return self._whole.iova if self._whole is not None else 0
+
+    @property
+    def end(self) -> int:
+        """The address after the last page."""
+        return self.start + self.nr_entries * self.dma_entry_size
+
+    def entries(self, start: int, end: int) -> range:
+        """The indices of the entries that [start, end), bytes, touches: what a callback unmaps."""
+        first, last = max(start, self.start) - self.start, min(end, self.end) - self.start
+        return range(first // self.dma_entry_size, -(-last // self.dma_entry_size))
+
+    def __repr__(self) -> str:
+        state = " freed" if self.freed else ""
+        return f"<HmmDmaMap {self.start:#x}-{self.end:#x} of {self.dev.name}{state}>"
+
+    def _pages(self, idx: int) -> PfnArray:
+        return self.pfn_list[idx * self.pages_per_entry : (idx + 1) * self.pages_per_entry]
+
+    def _make(self, start: int, pfns: PfnArray, seq: int, flags: int) -> DmaMapping:
+        options = ffi.new("struct pm_dmap_options *")
+        options.source, options.flags = lib.PM_DMA_MIRROR, flags
+        options.sub, options.seq = self.notifier.native, seq
+        options.start, options.n = start, pfns.size
+        options.pfns = ffi.from_buffer("uint64_t[]", pfns)
+        mapping = DmaMapping(self.dev, "hmm", DMA_BIDIRECTIONAL, options)
+        mapping.mm = self.notifier.mm
+        return mapping
+
+    def _entry(self, idx: int) -> int:
+        """What the device has for the first page of an entry, 0 for nothing."""
+        mapping, page = self._mapping(idx)
+        if mapping is None:
+            return 0
+        entry = ffi.new("uint64_t *")
+        checked(lib.pm_dmap_read(mapping.native, page, 1, entry), "hmm_dma_map_pfn")
+        return int(entry[0])
+
+    def _mapping(self, idx: int) -> tuple[DmaMapping | None, int]:
+        if self._whole is not None:
+            return self._whole, idx * self.pages_per_entry
+        return self._each.get(idx), 0
+
+    def _address(self, idx: int) -> int:
+        if self._whole is not None:
+            return self._whole.iova + idx * self.dma_entry_size
+        return self._each[idx].iova
+
+    def _link(self, idx: int, pfns: PfnArray, seq: int) -> None:
+        if self._whole is None:
+            self._each[idx] = self._make(self.start + idx * self.dma_entry_size, pfns, seq, 0)
+            return
+        ret = lib.pm_dmap_link(
+            self._whole.native,
+            self.notifier.native,
+            seq,
+            idx * self.pages_per_entry,
+            pfns.size,
+            ffi.from_buffer("uint64_t[]", pfns),
+        )
+        checked(ret, "hmm_dma_map_pfn")
+
+    def _unlink(self, idx: int) -> bool:
+        mapping, page = self._mapping(idx)
+        if mapping is None:
+            return False
+        if self._whole is None:
+            del self._each[idx]
+            return mapping.unmap()[0] > 0
+        return mapping.unlink(page, self.pages_per_entry)[0] > 0
+
+    def _check(self, what: str, idx: int) -> None:
+        if self.freed:
+            raise MirrorError(
+                errno.EINVAL, f"{what}: {self!r} was freed", hint="make a new one: hmm_dma_map_alloc()"
+            )
+        if not 0 <= idx < self.nr_entries:
+            raise MirrorError(
+                errno.EINVAL,
+                f"{what}: index {idx} is not one of the {self.nr_entries} entries of {self!r}",
+                hint="an entry is dma_entry_size bytes from start",
+            )
+
+    def _free(self) -> None:
+        linked = len(self._each) if self._whole is None else int(self._whole.info().linked)
+        if linked:
+            raise MirrorError(
+                errno.EBUSY,
+                f"hmm_dma_map_free: {linked} pages of {self!r} are mapped still",
+                addr=self.start,
+                hint="hmm_dma_unmap_pfn() each of them first",
+            )
+        if self._whole is not None:
+            self._whole.unmap()
+        self.freed = True
+
+
+def hmm_dma_map_alloc(
+    dev: DmaDevice,
+    notifier: IntervalNotifier,
+    start: int,
+    nr_entries: int,
+    dma_entry_size: int = PAGE_SIZE,
+) -> HmmDmaMap:
+    """hmm_dma_map_alloc(): IOVAs and pfns for ``nr_entries`` entries of memory from ``start`` on.
+
+    The kernel's has neither notifier nor address: there a pfn is enough to reach a page. Here the device
+    reaches it by address, under the notifier's eyes. ``dma_entry_size`` is 4 KiB or 2 MiB.
+
+    EOPNOTSUPP: the device would need bounce buffers. EINVAL: not aligned, empty, not inside the notifier.
+    ENOSPC: no IOVAs; ENOMEM; FeatureError without an IOMMU and PFNs.
+    """
+    what = "hmm_dma_map_alloc"
+    if dma_entry_size not in (PAGE_SIZE, 2 << 20):
+        raise MirrorError(
+            errno.EINVAL, f"{what}: dma_entry_size {dma_entry_size}", hint="4096, or 2 MiB for huge pages"
+        )
+    check_interval(what, start, start + nr_entries * dma_entry_size, dma_entry_size.bit_length() - 1)
+    check_covers(notifier, what, start, start + nr_entries * dma_entry_size)
+    dev._check_mirrorable(what)
+    return HmmDmaMap(dev, notifier, start, nr_entries, dma_entry_size)
+
+
+def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> int:
+    """hmm_dma_map_pfn(): map an entry that hmm_range_fault() made valid under ``seq``; its DMA address.
+
+    Under the driver's lock. Idempotent: what is mapped as the pfn says is left as it is, and gives the same
+    address. DMA_MAPPING_ERROR where the pfn is not valid. EBUSY: invalidated since ``seq``, or the entry was
+    and its callback has not unmapped it: hmm_dma_unmap_pfn(), and fault again. EINVAL: not of this map.
+    """
+    map._check("hmm_dma_map_pfn", idx)
+    _check_device(dev, map)
+    pages = map._pages(idx)
+    if not (pages & np.uint64(HMM_PFN_VALID)).all():
+        return DMA_MAPPING_ERROR
+    if map.notifier.read_retry(seq):
+        raise error(errno.EBUSY, f"hmm_dma_map_pfn: entry {idx} of {map!r} was invalidated")
+    present = map._entry(idx)
+    if present != int(pages[0]) & _KEPT_OUT:
+        if present:
+            map._unlink(idx)
+        map._link(idx, pages, seq)
+    pages |= np.uint64(HMM_PFN_DMA_MAPPED)
+    return map._address(idx)
+
+
+def hmm_dma_unmap_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int) -> bool:
+    """hmm_dma_unmap_pfn(): off the device, and the bits of it cleared. For callbacks.
+
+    False if it was not mapped. EINVAL: not of this map.
+    """
+    map._check("hmm_dma_unmap_pfn", idx)
+    _check_device(dev, map)
+    pages = map._pages(idx)
+    unmapped = map._unlink(idx)
+    pages &= np.uint64(_KEPT_OUT)
+    return unmapped
+
+
+def hmm_dma_map_free(dev: DmaDevice, map: HmmDmaMap) -> None:
+    """hmm_dma_map_free(): give the IOVAs back. Idempotent. EBUSY while entries are mapped."""
+    _check_device(dev, map)
+    if not map.freed:
+        map._free()
+
+
+def _check_device(dev: DmaDevice, map: HmmDmaMap) -> None:
+    if map.dev is not dev:
+        raise MirrorError(
+            errno.EINVAL, f"{map!r} is not {dev.name}'s", hint="give the device it was allocated for"
+        )

@@ -1,0 +1,189 @@
+"""hmm_dma_map_alloc(), map_pfn, unmap_pfn and free: sticky bits, idempotent, under a notifier's sequence."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from dma import nothing_mapped, numbers
+from mirroring import FAULT, PAGE, WRITE
+from seams import errno_of, needs
+
+import pymirror as pm
+from pymirror.dma.direction import DMA_MAPPING_ERROR
+
+PAGES = 8
+MAPPED = np.uint64(pm.HMM_PFN_DMA_MAPPED)
+
+
+class Odp:
+    """As an RDMA driver on demand does it: one notifier, one map, pages mapped as they are asked for."""
+
+    def __init__(self, mm: pm.AddressSpace, device: pm.Device, buf: pm.Region, entry: int = PAGE) -> None:
+        self.mm, self.device, self.buf = mm, device, buf
+        self.bytes = numbers(buf)
+        self.map: pm.HmmDmaMap | None = None
+        self.unmapped: list[int] = []
+        self.sub = pm.IntervalNotifier(mm, buf.addr, buf.size, self.invalidate)
+        self.map = pm.hmm_dma_map_alloc(device, self.sub, buf.addr, buf.size // entry, entry)
+
+    def invalidate(self, sub: pm.IntervalNotifier, range: pm.MmuNotifierRange, seq: int) -> bool:
+        sub.set_seq(seq)
+        if self.map is not None:
+            indices = self.map.entries(range.start, range.end)
+            self.unmapped += [idx for idx in indices if pm.hmm_dma_unmap_pfn(self.device, self.map, idx)]
+        return True
+
+    def fault(self, flags: int = WRITE) -> int:
+        assert self.map is not None
+        seq = self.sub.read_begin()
+        pm.hmm_range_fault(
+            self.sub,
+            self.buf.addr,
+            self.buf.addr + self.buf.size,
+            self.map.pfn_list,
+            seq=seq,
+            default_flags=flags,
+        )
+        return seq
+
+    def close(self) -> None:
+        assert self.map is not None
+        if not self.map.freed:
+            for idx in range(self.map.nr_entries):
+                pm.hmm_dma_unmap_pfn(self.device, self.map, idx)
+            pm.hmm_dma_map_free(self.device, self.map)
+        self.sub.remove()
+
+
+@pytest.fixture(params=[True, False], ids=["iommu", "direct"])
+def odp(request: pytest.FixtureRequest, mm: pm.AddressSpace) -> Iterator[Odp]:
+    if not request.param:
+        needs("pfn")
+    device = pm.Device("d", iommu=request.param)
+    made = Odp(mm, device, mm.mmap(PAGES * PAGE))
+    yield made
+    made.close()
+    assert nothing_mapped(device)
+
+
+def test_what_is_mapped_is_reached_and_remembered(odp: Odp) -> None:
+    assert odp.map is not None
+    seq = odp.fault()
+    daddr = pm.hmm_dma_map_pfn(odp.device, odp.map, 3, seq=seq)
+    assert odp.device.dma_read(daddr, PAGE) == odp.bytes[3 * PAGE : 4 * PAGE].tobytes()
+    odp.device.dma_write(daddr, b"device")
+    assert odp.bytes[3 * PAGE : 3 * PAGE + 6].tobytes() == b"device"
+    assert ((odp.map.pfn_list & MAPPED) != 0).tolist() == [page == 3 for page in range(PAGES)]
+
+
+def test_mapping_again_is_the_same(odp: Odp) -> None:
+    assert odp.map is not None
+    seq = odp.fault()
+    daddr = pm.hmm_dma_map_pfn(odp.device, odp.map, 3, seq=seq)
+    stats = odp.device.domain.stats()
+    assert pm.hmm_dma_map_pfn(odp.device, odp.map, 3, seq=seq) == daddr
+    assert pm.hmm_dma_map_pfn(odp.device, odp.map, 3, seq=odp.fault()) == daddr
+    assert odp.device.domain.stats() == stats
+
+
+def test_the_bits_are_kept_across_faults_that_fail_too(odp: Odp) -> None:
+    assert odp.map is not None
+    pm.hmm_dma_map_pfn(odp.device, odp.map, 1, seq=odp.fault())
+    odp.fault(0)
+    assert odp.map.pfn_list[1] & MAPPED
+    seq = odp.sub.read_begin()
+    with odp.mm.invalidate(odp.buf.addr + 7 * PAGE, odp.buf.addr + 8 * PAGE):
+        pass
+    failed = errno_of(
+        pm.hmm_range_fault, odp.sub, odp.buf.addr, odp.buf.addr + odp.buf.size, odp.map.pfn_list, seq=seq
+    )
+    assert failed == errno.EBUSY
+    assert odp.map.pfn_list[1] & MAPPED
+
+
+def test_what_is_not_valid_is_a_mapping_error(odp: Odp) -> None:
+    assert odp.map is not None
+    assert pm.hmm_dma_map_pfn(odp.device, odp.map, 0, seq=odp.sub.read_begin()) == DMA_MAPPING_ERROR
+
+
+def test_a_sequence_that_moved_is_ebusy(odp: Odp) -> None:
+    assert odp.map is not None
+    seq = odp.fault()
+    odp.mm.madvise(odp.buf.addr + 5 * PAGE, PAGE, 4)
+    assert errno_of(pm.hmm_dma_map_pfn, odp.device, odp.map, 0, seq=seq) == errno.EBUSY
+    assert odp.device.domain.stats()["mapped_pages"] == 0
+
+
+def test_an_invalidation_takes_it_off_and_it_can_be_mapped_anew(odp: Odp) -> None:
+    assert odp.map is not None
+    daddr = pm.hmm_dma_map_pfn(odp.device, odp.map, 2, seq=odp.fault())
+    odp.mm.madvise(odp.buf.addr + 2 * PAGE, PAGE, 4)
+    assert odp.unmapped == [2]
+    assert not odp.map.pfn_list[2] & MAPPED
+    assert errno_of(odp.device.dma_read, daddr, 1) == errno.EFAULT
+    again = pm.hmm_dma_map_pfn(odp.device, odp.map, 2, seq=odp.fault())
+    assert odp.device.dma_read(again, PAGE) == bytes(PAGE)
+    assert not pm.hmm_dma_unmap_pfn(odp.device, odp.map, 4)
+    assert pm.hmm_dma_unmap_pfn(odp.device, odp.map, 2)
+    assert not pm.hmm_dma_unmap_pfn(odp.device, odp.map, 2)
+
+
+def test_from_read_only_to_writable_the_address_stays(mm: pm.AddressSpace) -> None:
+    buf = mm.mmap(PAGE, shared=True)
+    odp = Odp(mm, pm.Device("d"), buf)
+    assert odp.map is not None
+    mm.mprotect(buf.addr, PAGE, 1)
+    daddr = pm.hmm_dma_map_pfn(odp.device, odp.map, 0, seq=odp.fault(FAULT))
+    assert errno_of(odp.device.dma_write, daddr, b"x") == errno.EFAULT
+    mm.mprotect(buf.addr, PAGE, 3)
+    assert pm.hmm_dma_map_pfn(odp.device, odp.map, 0, seq=odp.fault()) == daddr
+    odp.device.dma_write(daddr, b"x")
+    odp.close()
+
+
+def test_it_is_freed_once_nothing_is_mapped(odp: Odp) -> None:
+    assert odp.map is not None
+    pm.hmm_dma_map_pfn(odp.device, odp.map, 0, seq=odp.fault())
+    assert errno_of(pm.hmm_dma_map_free, odp.device, odp.map) == errno.EBUSY
+    pm.hmm_dma_unmap_pfn(odp.device, odp.map, 0)
+    pm.hmm_dma_map_free(odp.device, odp.map)
+    pm.hmm_dma_map_free(odp.device, odp.map)
+    assert errno_of(pm.hmm_dma_map_pfn, odp.device, odp.map, 0, seq=2) == errno.EINVAL
+
+
+def test_a_device_that_would_need_bounce_buffers_is_refused(mm: pm.AddressSpace) -> None:
+    needs("pfn")
+    buf = mm.mmap(PAGE)
+    small = pm.Device("small", iommu=False, dma_mask=(1 << 24) - 1)
+    sub = pm.IntervalNotifier(mm, buf.addr, PAGE, lambda sub, range, seq: sub.set_seq(seq))
+    assert errno_of(pm.hmm_dma_map_alloc, small, sub, buf.addr, 1) == errno.EOPNOTSUPP
+    sub.remove()
+
+
+@pytest.mark.parametrize(
+    ("start", "entries", "size"),
+    [(1, 1, PAGE), (0, 0, PAGE), (0, PAGES + 1, PAGE), (0, 1, 12345), (-PAGE, 1, PAGE)],
+)
+def test_wrong_arguments(odp: Odp, start: int, entries: int, size: int) -> None:
+    at = odp.buf.addr + start
+    assert errno_of(pm.hmm_dma_map_alloc, odp.device, odp.sub, at, entries, size) == errno.EINVAL
+    assert odp.map is not None
+    assert errno_of(pm.hmm_dma_map_pfn, odp.device, odp.map, PAGES, seq=2) == errno.EINVAL
+    assert errno_of(pm.hmm_dma_unmap_pfn, pm.Device("other"), odp.map, 0) == errno.EINVAL
+
+
+@pytest.mark.hugetlb
+def test_entries_of_huge_pages(mm: pm.AddressSpace) -> None:
+    huge = 2 << 20
+    odp = Odp(mm, pm.Device("d"), mm.mmap(2 * huge, huge="hugetlb"), huge)
+    assert odp.map is not None
+    seq = odp.fault()
+    daddrs = [pm.hmm_dma_map_pfn(odp.device, odp.map, idx, seq=seq) for idx in range(2)]
+    assert daddrs[1] - daddrs[0] == huge
+    assert odp.device.dma_read(daddrs[1], huge) == odp.bytes[huge:].tobytes()
+    assert odp.device.domain.stats()["mapped_pages"] == 1024
+    del odp.bytes
+    odp.close()
