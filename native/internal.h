@@ -324,6 +324,7 @@ int pm_monitor_start(struct pm_mm *mm);
 void pm_monitor_stop(struct pm_mm *mm);
 
 /* pin.c */
+int pm_pin_make(struct pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **ret);
 void pm_pins_close(struct pm_mm *mm); /* all pages go back, and the ring goes */
 
 /* fork.c */

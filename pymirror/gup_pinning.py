@@ -6,20 +6,19 @@ from __future__ import annotations
 import errno
 import mmap
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._shim import ffi, lib
-from .errors import MirrorError, check, error
+from .errors import MirrorError, error
 from .event import Event
 from .features import memlock_command
-from .notifier import KIND_RANGE, wait_read_begin
-from .pfn import HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE
+from .pfn import HMM_PFN_VALID, HMM_PFN_WRITE
 from .vma import Vma
-from .walk import PAGE_SHIFT, PAGE_SIZE, detected
+from .walk import PAGE_SHIFT, PAGE_SIZE, detected, walk_error
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -27,124 +26,99 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 16
 _WAIT_S = 1.0
+#: Pages from which on a look at the vmas comes first: an array for all of an address space is no request.
+_LOOK_FIRST = 1 << 18
 _CAP_IPC_LOCK = 14
 
-_VALID = np.uint64(HMM_PFN_VALID)
-_WRITABLE = np.uint64(HMM_PFN_VALID | HMM_PFN_WRITE)
-_PFN = np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)
+#: Kernel mounts of shmem that are in no list of mounts, and those that are.
+_SHMEM_NAMES = ("/memfd:", "/dev/zero", "/SYSV", "[anon_shmem:")
+_MEMORY_FILE_SYSTEMS = ("tmpfs", "devtmpfs", "ramfs")
+
+_HELD = HMM_PFN_VALID | HMM_PFN_WRITE
 
 
 def pin_pages(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any, PfnArray]:
     """The ``pm_pin *`` and the pfns of the pages that it holds."""
-    pinning = _Pinning(mm, what, start, npages)
     with mm._operation(what, write=False):
         mm.features.require("io_uring", what)
-        mm.watch(start, pinning.end)
-        with pinning.notified():
-            for _ in range(_ATTEMPTS):
-                native = pinning.attempt()
-                if native is not None:
-                    return native, pinning.after | _WRITABLE
-    raise MirrorError(
-        errno.EBUSY,
-        f"{what}: [{start:#x}, {pinning.end:#x}) was exchanged meanwhile, {_ATTEMPTS} times",
-        addr=start,
-        hint="pin it when nobody maps or unmaps it",
-    )
+        if npages > _LOOK_FIRST:
+            _check_vmas(mm, what, start, start + npages * PAGE_SIZE)
+        mm.watch(start, start + npages * PAGE_SIZE)
+        if "pagemap" in mm.features:
+            return _Pinning(mm, what, start, npages).pin()
+        return _pin_unseen(mm, what, start, npages)
 
 
 class _Pinning:
-    """The sequence number of the memory says whether the pages seen after it are those that were pinned."""
+    """Pages that are pinned in one native call, which sees what they are, and what is done in its way."""
 
     def __init__(self, mm: AddressSpace, what: str, start: int, npages: int) -> None:
         self.mm = mm
         self.what = what
         self.start = start
         self.end = start + npages * PAGE_SIZE
-        self.before: PfnArray = np.zeros(npages, np.uint64)
-        self.after: PfnArray = np.zeros(npages, np.uint64)
-        self._sub: Any = None
+        self.pfns: PfnArray = np.empty(npages, np.uint64)
+        self._request = ffi.new("struct pm_pinning *")
+        self._request.start, self._request.npages = start, npages
+        self._request.pfns = ffi.from_buffer("uint64_t[]", self.pfns)
+        self._made = ffi.new("pm_pin **")
 
-    @contextmanager
-    def notified(self) -> Iterator[None]:
-        sub = ffi.new("pm_sub **")
-        ret = lib.pm_sub_insert(self.mm.native, self.start, self.end - 1, 0, KIND_RANGE, sub)
-        check(ret, self.what, addr=self.start)
-        self._sub = ffi.gc(sub[0], lib.pm_sub_put)
-        try:
-            yield
-        finally:
-            lib.pm_sub_remove(self._sub)
-
-    def attempt(self) -> Any:
-        """A pin whose pfns are ``after``; None if other pages came meanwhile."""
-        if not self._look(self.before, self._seq()):
-            return None
-        exchanged = self._exchanged()
-        if exchanged is None:
-            seq = self._seq()
-            native = self._pin()
-        else:
-            # What an invalidation before it or after it does is seen by the number of this one.
-            with self.mm._invalidation(*exchanged, Event.CLEAR) as change:
-                native = self._pin()
-            seq = change.seq
-        if self._seq() != seq or not self._look(self.after, seq):
-            lib.pm_pin_release(native)
-            return None
-        if exchanged is None:
-            self._report_moved()
-        return native
-
-    def _seq(self) -> int:
-        seq = ffi.new("uint64_t *")
-        ret = wait_read_begin(self._sub, seq, _WAIT_S)
-        check(ret, f"{self.what}: [{self.start:#x}, {self.end:#x}) is still being invalidated")
-        return int(seq[0])
-
-    def _look(self, pfns: PfnArray, seq: int) -> bool:
-        """Read the page table; False if it changed meanwhile."""
-        if "pagemap" not in self.mm.features:
-            return True
-        walk = ffi.new(
-            "struct pm_walk *",
-            {
-                "start": self.start,
-                "end": self.end,
-                "pfns": ffi.from_buffer("uint64_t[]", pfns),
-                "sub": self._sub,
-                "seq": seq,
-            },
+    def pin(self) -> tuple[Any, PfnArray]:
+        for _ in range(_ATTEMPTS):
+            ret = self._attempt()
+            changed = self._request.changed_start, self._request.changed_end
+            if ret == 0:
+                native = ffi.gc(self._made[0], lib.pm_pin_put)
+                if changed[0] != changed[1]:
+                    # The kernel moved them out of a movable zone.
+                    detected(self.mm, *changed)
+                return native, self.pfns
+            if ret == -errno.EAGAIN and changed[0] != changed[1]:
+                self._replace(*changed)
+            elif ret != -errno.EBUSY:
+                raise _failure(self.mm, self.what, ret, self.start, self.end)
+        raise MirrorError(
+            errno.EBUSY,
+            f"{self.what}: [{self.start:#x}, {self.end:#x}) was exchanged meanwhile, {_ATTEMPTS} times",
+            addr=self.start,
+            hint="pin it when nobody maps or unmaps it",
         )
-        ret = lib.pm_walk(self.mm.native, walk)
-        if ret not in (0, -errno.EBUSY):
-            raise error(-ret, self.what, addr=self.start, mm=self.mm)
-        return bool(ret == 0)
 
-    def _exchanged(self) -> tuple[int, int] | None:
-        """From the first to the last present page that may be replaced by a copy; None: there is none."""
-        if "pagemap" not in self.mm.features:
-            return self.start, self.end
-        (places,) = np.nonzero((self.before & _WRITABLE) == _VALID)
-        if not places.size:
-            return None
-        first, last = int(places[0]), int(places[-1])
-        return self.start + (first << PAGE_SHIFT), self.start + ((last + 1) << PAGE_SHIFT)
+    def _attempt(self) -> int:
+        deadline = time.monotonic() + _WAIT_S
+        while (ret := int(lib.pm_pin_create(self.mm.native, self._request, self._made))) == -errno.EINTR:
+            if time.monotonic() > deadline:
+                return -errno.ETIMEDOUT
+        return ret
 
-    def _pin(self) -> Any:
-        made = ffi.new("pm_pin **")
-        ret = lib.pm_pin_create(self.mm.native, self.start, self.before.size, made)
-        if ret < 0:
-            raise _failure(self.mm, self.what, ret, self.start, self.end)
-        return ffi.gc(made[0], lib.pm_pin_put)
+    def _replace(self, start: int, end: int) -> None:
+        """Give pages that are shared copy-on-write copies of their own, as the pin would: announced first."""
+        _check_vmas(self.mm, self.what, self.start, self.end)
+        with self.mm._invalidation(start, end, Event.CLEAR):
+            _pin_and_forget(self.mm, self.what, start, end)
+        # What cannot be seen to be replaced is not asked for again.
+        self._request.flags = lib.PM_PIN_REPLACE
 
-    def _report_moved(self) -> None:
-        """Pages that the kernel moved out of a movable zone to pin them."""
-        moved = ((self.before & _VALID) != 0) & ((self.before ^ self.after) & _PFN != 0)
-        (places,) = np.nonzero(moved)
-        if places.size:
-            first, last = int(places[0]), int(places[-1])
-            detected(self.mm, self.start + (first << PAGE_SHIFT), self.start + ((last + 1) << PAGE_SHIFT))
+
+def _pin_unseen(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any, PfnArray]:
+    """Without the page table nobody knows what is shared: all of it is announced."""
+    with mm._invalidation(start, start + npages * PAGE_SIZE, Event.CLEAR):
+        native = _native_pin(mm, what, start, npages)
+    return native, np.full(npages, _HELD, np.uint64)
+
+
+def _native_pin(mm: AddressSpace, what: str, start: int, npages: int) -> Any:
+    made = ffi.new("pm_pin **")
+    ret = lib.pm_pin_create(
+        mm.native, ffi.new("struct pm_pinning *", {"start": start, "npages": npages}), made
+    )
+    if ret < 0:
+        raise _failure(mm, what, ret, start, start + npages * PAGE_SIZE)
+    return ffi.gc(made[0], lib.pm_pin_put)
+
+
+def _pin_and_forget(mm: AddressSpace, what: str, start: int, end: int) -> None:
+    ffi.release(_native_pin(mm, what, start, (end - start) >> PAGE_SHIFT))
 
 
 def _failure(mm: AddressSpace, what: str, ret: int, start: int, end: int) -> MirrorError:
@@ -156,12 +130,37 @@ def _failure(mm: AddressSpace, what: str, ret: int, start: int, end: int) -> Mir
         mm._check_here(what)
     if ret not in (-errno.EFAULT, -errno.EOPNOTSUPP):
         return error(-ret, what, addr=start, mm=mm)
-    addr, why, hint = _unpinnable(mm, start, end)
-    return error(-ret, f"{what}: {why}", addr=addr, mm=mm, hint=hint)
+    if ret == -errno.EOPNOTSUPP:
+        mm.features.require("io_uring", what)
+    _check_vmas(mm, what, start, end)
+    return _page_failure(mm, what, start, end)
 
 
-def _unpinnable(mm: AddressSpace, start: int, end: int) -> tuple[int, str, str]:
-    """The first address that cannot be pinned, why, and what to do."""
+def _check_vmas(mm: AddressSpace, what: str, start: int, end: int) -> None:
+    """EFAULT where the vmas say that not all of it can be pinned."""
+    if (found := _unpinnable(mm, start, end)) is not None:
+        addr, why, hint = found
+        raise error(errno.EFAULT, f"{what}: {why}", addr=addr, mm=mm, hint=hint)
+
+
+def _page_failure(mm: AddressSpace, what: str, start: int, end: int) -> MirrorError:
+    """The vmas permit it: the first page that cannot be faulted in."""
+    pfns = np.empty((end - start) >> PAGE_SHIFT, np.uint64)
+    request = {
+        "pfns": ffi.from_buffer("uint64_t[]", pfns),
+        "default_flags": _HELD,
+        "flags": lib.PM_WALK_FAULT,
+    }
+    walk = ffi.new("struct pm_walk *", {"start": start, "end": end, **request})
+    ret = lib.pm_walk(mm.native, walk)
+    if ret == -errno.EFAULT:
+        return walk_error(mm, walk, ret, what)
+    hint = "it was changed meanwhile, or is of a kind that the kernel does not pin for long: see the vma"
+    return error(errno.EFAULT, f"{what}: a page cannot be pinned", addr=start, mm=mm, hint=hint)
+
+
+def _unpinnable(mm: AddressSpace, start: int, end: int) -> tuple[int, str, str] | None:
+    """The first address that cannot be pinned, by its vma: why, and what to do."""
     at = start
     for vma in mm._walk(start, end):
         if at < vma.start:
@@ -169,9 +168,7 @@ def _unpinnable(mm: AddressSpace, start: int, end: int) -> tuple[int, str, str]:
         if (found := _refusal(vma)) is not None:
             return at, *found
         at = vma.end
-    if at < end and mm._vma_for_error(at) is None:
-        return at, "a hole", "map it, or pin less"
-    return start, "a page of it cannot be had", "see the vma and the length of its file, then go again"
+    return (at, "a hole", "map it, or pin less") if at < end else None
 
 
 def _refusal(vma: Vma) -> tuple[str, str] | None:
@@ -179,6 +176,8 @@ def _refusal(vma: Vma) -> tuple[str, str] | None:
         return "a device's or the kernel's own pages", "pin memory that has pages of its own"
     if not vma.prot & mmap.PROT_WRITE:
         return "no permission to write, and FOLL_WRITE is asked for", "mprotect() it to permit that"
+    if vma.name.startswith("/secretmem"):
+        return "secret memory, which the kernel does not let anybody pin", "use other memory"
     if vma.shared and vma.file and not vma.hugetlb and not _is_shmem(vma):
         return (
             "a shared mapping of a file on disk: with FOLL_LONGTERM its pages would be written to behind"
@@ -189,7 +188,17 @@ def _refusal(vma: Vma) -> tuple[str, str] | None:
 
 
 def _is_shmem(vma: Vma) -> bool:
-    return vma.name.startswith(("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV", "[anon_shmem:"))
+    return vma.name.startswith(_SHMEM_NAMES) or _file_system(vma.dev) in _MEMORY_FILE_SYSTEMS
+
+
+def _file_system(dev: tuple[int, int]) -> str:
+    """The type of what is mounted from a device, "" where /proc does not tell."""
+    with suppress(OSError), open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            fields, _, rest = line.partition(" - ")
+            if fields.split()[2] == f"{dev[0]}:{dev[1]}":
+                return rest.split()[0]
+    return ""
 
 
 def _no_memory(mm: AddressSpace, what: str, start: int, end: int) -> MirrorError:
