@@ -34,6 +34,11 @@ _CAP_IPC_LOCK = 14
 _SHMEM_NAMES = ("/memfd:", "/dev/zero", "/SYSV", "[anon_shmem:")
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "devtmpfs", "ramfs")
 
+_HINTS = {
+    errno.EMFILE: "ulimit -n 4096   # or close descriptors: the first pin takes two",
+    errno.ENFILE: "close descriptors, or raise /proc/sys/fs/file-max",
+}
+
 _HELD = HMM_PFN_VALID | HMM_PFN_WRITE
 
 
@@ -129,7 +134,7 @@ def _failure(mm: AddressSpace, what: str, ret: int, start: int, end: int) -> Mir
     if ret == -errno.ESRCH:
         mm._check_here(what)
     if ret not in (-errno.EFAULT, -errno.EOPNOTSUPP):
-        return error(-ret, what, addr=start, mm=mm)
+        return error(-ret, what, addr=start, mm=mm, hint=_HINTS.get(-ret))
     if ret == -errno.EOPNOTSUPP:
         mm.features.require("io_uring", what)
     _check_vmas(mm, what, start, end)

@@ -255,6 +255,24 @@ def _watched(space: Space) -> None:
     assert space.mm.stats()["events"]["UNMAP"] == told + 1
 
 
+def _pin(space: Space) -> None:
+    """All that is done with pins. What is written is written again when it failed."""
+    with pm.pin_user_pages(space.mm, space.page(1), 4) as pin:
+        assert pin.read() == bytes(space.expected[PAGE : 5 * PAGE])
+        pin.write(PAGE + 10, bytes(space.expected[2 * PAGE + 10 : 3 * PAGE + 20]))
+        pm.unpin_user_pages(pin)
+
+
+def _unpinned(space: Space) -> None:
+    stats = space.mm.stats()
+    assert (stats["pins"], stats["pin_slots"]) == (0, 0)
+
+
+def _zero_pages(space: Space) -> None:
+    unfaulted(space)
+    space.driver.map(space.buf.addr, space.page(8), FAULT)
+
+
 OPERATIONS = [
     Operation("mmap", _new()),
     Operation("mmap shared", _new(shared=True)),
@@ -276,6 +294,9 @@ OPERATIONS = [
     Operation("foreign madvise", foreign_zap, map_all),
     Operation("foreign munmap", _foreign_unmap, map_all, _gone),
     Operation("fork", _fork, map_all, _reported),
+    Operation("pin", _pin, done=_unpinned),
+    Operation("pin of what is mapped", _pin, map_all, _unpinned),
+    Operation("pin of shared pages", _pin, _zero_pages, _unpinned),
     Operation("raw clone", _clone, map_all, _reported),
 ]
 
@@ -286,6 +307,7 @@ def check_all_is_well(space: Space) -> None:
     eventually(lambda: mm.stats()["active"] == 0)
     stats = mm.stats()
     assert stats["inflight"] == 0
+    assert stats["pins"] == stats["pin_slots"] == 0
     assert stats["drain_timeouts"] == 0
     assert not mm.errors
     assert not mm.closed
