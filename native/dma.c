@@ -96,12 +96,6 @@ static int64_t access_held(const struct piece *piece, struct pm_dma_access *acce
     return n;
 }
 
-static bool permits(const struct pm_dmap *dmap, bool write)
-{
-    return dmap->direction == PM_DMA_BIDIRECTIONAL ||
-           dmap->direction == (write ? PM_DMA_FROM_DEVICE : PM_DMA_TO_DEVICE);
-}
-
 static int64_t access_dmap(struct piece *piece, struct pm_dma_access *access)
 {
     struct pm_dmap *dmap = piece->dmap;
@@ -109,7 +103,7 @@ static int64_t access_dmap(struct piece *piece, struct pm_dma_access *access)
     access->cookie = dmap->cookie;
     access->fault_start = pm_page_down(dmap->start + piece->at);
     access->fault_end = access->fault_start + PM_PAGE_SIZE;
-    if (!permits(dmap, piece->write)) {
+    if (!pm_dmap_permits(dmap, piece->write)) {
         fault(access, PM_FAULT_DIRECTION);
         return -EFAULT;
     }
@@ -132,7 +126,7 @@ static int64_t access_next(struct pm_domain *domain, struct pm_dma_access *acces
     int64_t n;
 
     access->cookie = 0;
-    piece.dmap = pm_domain_lookup(domain, addr, &page, &run_bytes);
+    piece.dmap = pm_domain_lookup(domain, addr, piece.write, &page, &run_bytes);
     if (!piece.dmap) {
         fault(access, PM_FAULT_MISSING);
         return -EFAULT;

@@ -24,6 +24,17 @@ void pm_dmap_get(struct pm_dmap *dmap)
     atomic_fetch_add(&dmap->refs, 1);
 }
 
+bool pm_dmap_permits(const struct pm_dmap *dmap, bool write)
+{
+    return dmap->direction == PM_DMA_BIDIRECTIONAL ||
+           dmap->direction == (write ? PM_DMA_FROM_DEVICE : PM_DMA_TO_DEVICE);
+}
+
+bool pm_dmap_serves(const struct pm_dmap *dmap, uint64_t at, bool write)
+{
+    return pm_dmap_permits(dmap, write) && at >= dmap->offset && at < dmap->offset + dmap->size;
+}
+
 static bool fences(const struct pm_dmap *dmap)
 {
     return dmap->source == PM_DMA_MIRROR;

@@ -15,21 +15,21 @@
 int pm_domain_create(const struct pm_domain_options *opt, pm_domain **ret)
 {
     struct pm_domain *domain;
-    int err = 0;
+    int err;
 
     if (opt->flags & ~(uint32_t)(PM_DOMAIN_DIRECT | PM_DOMAIN_LAZY))
         return -EINVAL;
     domain = pm_sys_calloc(1, sizeof(*domain));
     if (!domain)
         return -ENOMEM;
-    if (!(opt->flags & PM_DOMAIN_DIRECT))
+    err = pm_process_mark(&domain->owner);
+    if (!err && !(opt->flags & PM_DOMAIN_DIRECT))
         err = pm_iova_create(opt->first, opt->last, &domain->iovas);
     if (err) {
         free(domain);
         return err;
     }
     atomic_init(&domain->refs, 1);
-    domain->owner = pm_process();
     domain->flags = opt->flags;
     pthread_mutex_init(&domain->lock, NULL);
     pm_cond_init(&domain->unused);
@@ -199,38 +199,51 @@ int pm_domain_alloc(struct pm_domain *domain, uint64_t size, uint64_t limit, uin
 
 struct find {
     struct pm_dmap_run *run;
+    uint64_t addr;
+    bool write;
 };
 
-static bool take_first(struct pm_inode *node, void *arg)
+/* The first, but without an IOMMU rather one that serves the access: several mappings may share a page. */
+static bool take_best(struct pm_inode *node, void *arg)
 {
-    ((struct find *)arg)->run = (struct pm_dmap_run *)node;
+    struct pm_dmap_run *run = (struct pm_dmap_run *)node;
+    struct find *find = arg;
+
+    if (!find->run)
+        find->run = run;
+    if (!pm_domain_direct(run->dmap->domain))
+        return false;
+    if (!pm_dmap_serves(run->dmap, (run->first << PM_PAGE_SHIFT) + (find->addr - node->start), find->write))
+        return true;
+    find->run = run;
     return false;
 }
 
 /* With the domain's lock held. */
-static struct pm_dmap_run *run_at(struct pm_domain *domain, uint64_t addr)
+static struct pm_dmap_run *run_at(struct pm_domain *domain, uint64_t addr, bool write)
 {
     struct pm_iotlb_entry *slot = iotlb_slot(domain, addr >> PM_PAGE_SHIFT);
-    struct find find = {0};
+    struct find find = {.addr = addr, .write = write};
 
     if (!pm_domain_direct(domain) && slot->page == (addr >> PM_PAGE_SHIFT) + 1) {
         domain->hits++;
         return slot->run;
     }
     domain->misses++;
-    pm_itree_visit(domain->runs, addr, addr, take_first, &find);
+    pm_itree_visit(domain->runs, addr, addr, take_best, &find);
     if (find.run && !pm_domain_direct(domain))
         *slot = (struct pm_iotlb_entry){(addr >> PM_PAGE_SHIFT) + 1, find.run};
     return find.run;
 }
 
-struct pm_dmap *pm_domain_lookup(struct pm_domain *domain, uint64_t addr, uint64_t *page, uint64_t *bytes)
+struct pm_dmap *pm_domain_lookup(struct pm_domain *domain, uint64_t addr, bool write, uint64_t *page,
+                                 uint64_t *bytes)
 {
     struct pm_dmap *dmap = NULL;
     struct pm_dmap_run *run;
 
     pthread_mutex_lock(&domain->lock);
-    run = run_at(domain, addr);
+    run = run_at(domain, addr, write);
     if (run && !run->dmap->mapped) {
         domain->stale++;
     } else if (run) {

@@ -83,11 +83,15 @@ bool pm_domain_remove(struct pm_domain *domain, struct pm_dmap *dmap);
 void pm_domain_give_back(struct pm_domain *domain, struct pm_dmap *dmap);
 /* The mapping at a DMA address, referenced, with the page of it in *page and the bytes from there to the end
  * of the run in *bytes; NULL: none. */
-struct pm_dmap *pm_domain_lookup(struct pm_domain *domain, uint64_t addr, uint64_t *page, uint64_t *bytes);
+struct pm_dmap *pm_domain_lookup(struct pm_domain *domain, uint64_t addr, bool write, uint64_t *page,
+                                 uint64_t *bytes);
 /* An IOVA extent, after a flush where lazily unmapped ones stand in the way. */
 int pm_domain_alloc(struct pm_domain *domain, uint64_t size, uint64_t limit, uint64_t *ret);
 
 void pm_dmap_get(struct pm_dmap *dmap);
+/* May a device read, or write, the byte `at` of the mapping? Its entries may still say no. */
+bool pm_dmap_permits(const struct pm_dmap *dmap, bool write);
+bool pm_dmap_serves(const struct pm_dmap *dmap, uint64_t at, bool write);
 void pm_dmap_free_iovas(struct pm_dmap *dmap);
 /* A copy that no fence stops begins: 0, or the fault of that page; and ends. */
 uint32_t pm_dmap_use(struct pm_dmap *dmap, uint64_t page, bool write);

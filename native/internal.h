@@ -258,6 +258,8 @@ void pm_mm_get(struct pm_mm *mm);
 bool pm_mm_owned(const struct pm_mm *mm); /* false in a forked child */
 /* A number of this process that a child, also one of a raw clone, does not have: one load, no system call. */
 uint64_t pm_process(void);
+/* The same, which is 0 until somebody asked this way: for what is made without an mm. */
+int pm_process_mark(uint64_t *ret);
 void pm_lock(struct pm_mm *mm); /* blocks asynchronous signals too: a handler must not meet the lock */
 void pm_unlock(struct pm_mm *mm);
 /* Wait on a condition under the lock until `until_ns` (CLOCK_MONOTONIC): 0 or -ETIMEDOUT. */

@@ -134,6 +134,7 @@ static void space_unlock(struct pm_iova_space *space)
 int pm_iova_create(uint64_t first, uint64_t last, pm_iova_space **ret)
 {
     struct pm_iova_space *space;
+    int err;
 
     if (first & (PM_PAGE_SIZE - 1) || ~last & (PM_PAGE_SIZE - 1))
         return -EINVAL;
@@ -144,12 +145,14 @@ int pm_iova_create(uint64_t first, uint64_t last, pm_iova_space **ret)
     space = pm_sys_calloc(1, sizeof(*space));
     if (!space)
         return -ENOMEM;
-    if (pm_extents_reserve(&space->unused, 2)) {
+    err = pm_process_mark(&space->owner);
+    if (!err)
+        err = pm_extents_reserve(&space->unused, 2);
+    if (err) {
         free(space);
-        return -ENOMEM;
+        return err;
     }
     pthread_mutex_init(&space->lock, NULL);
-    space->owner = pm_process();
     space->pages = (struct run){first, last};
     space->failed_pages = UINT64_MAX;
     pm_extents_add(&space->unused, first, last - first + 1);

@@ -167,6 +167,17 @@ static int mark_process(void)
     return 0;
 }
 
+int pm_process_mark(uint64_t *ret)
+{
+    int err;
+
+    pm_registry_lock();
+    err = mark_process();
+    *ret = pm_process();
+    pm_registry_unlock();
+    return err;
+}
+
 static int open_files(struct pm_mm *mm)
 {
     mm->maps_fd = pm_sys_open("/proc/self/maps", O_RDONLY | O_CLOEXEC);

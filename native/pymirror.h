@@ -457,12 +457,14 @@ typedef struct pm_spans pm_spans;
 struct pm_span;
 typedef struct pm_span pm_span;
 
-/* A set of intervals [start, last] with cookies, under a lock of its own. -ESRCH in a forked child. */
+/* A set of intervals [start, last] with cookies, not 0, under a lock of its own. -ESRCH in a forked child. */
 int pm_spans_create(pm_spans **ret);
 void pm_spans_destroy(pm_spans *spans);
 /* `other` becomes the cookie of one that was there and overlaps, 0 without one. */
 int pm_spans_add(pm_spans *spans, uint64_t start, uint64_t last, uint64_t cookie, pm_span **ret,
                  uint64_t *other);
+/* The cookie of the first that overlaps [start, last], or -ENOENT. */
+int pm_spans_find(pm_spans *spans, uint64_t start, uint64_t last, uint64_t *ret);
 /* Frees the span. */
 int pm_spans_remove(pm_spans *spans, pm_span *span);
 

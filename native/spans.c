@@ -22,11 +22,16 @@ struct pm_spans {
 int pm_spans_create(pm_spans **ret)
 {
     struct pm_spans *spans = pm_sys_calloc(1, sizeof(*spans));
+    int err;
 
     if (!spans)
         return -ENOMEM;
+    err = pm_process_mark(&spans->owner);
+    if (err) {
+        free(spans);
+        return err;
+    }
     pthread_mutex_init(&spans->lock, NULL);
-    spans->owner = pm_process();
     *ret = spans;
     return 0;
 }
@@ -60,7 +65,7 @@ int pm_spans_add(pm_spans *spans, uint64_t start, uint64_t last, uint64_t cookie
 {
     struct pm_span *span;
 
-    if (start > last)
+    if (start > last || !cookie)
         return -EINVAL;
     if (spans->owner != pm_process())
         return -ESRCH;
@@ -77,6 +82,21 @@ int pm_spans_add(pm_spans *spans, uint64_t start, uint64_t last, uint64_t cookie
     pthread_mutex_unlock(&spans->lock);
     *ret = span;
     return 0;
+}
+
+int pm_spans_find(pm_spans *spans, uint64_t start, uint64_t last, uint64_t *ret)
+{
+    uint64_t cookie = 0;
+
+    if (start > last)
+        return -EINVAL;
+    if (spans->owner != pm_process())
+        return -ESRCH;
+    pthread_mutex_lock(&spans->lock);
+    pm_itree_visit(spans->root, start, last, take_cookie, &cookie);
+    pthread_mutex_unlock(&spans->lock);
+    *ret = cookie;
+    return cookie ? 0 : -ENOENT;
 }
 
 int pm_spans_remove(pm_spans *spans, pm_span *span)

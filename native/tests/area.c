@@ -94,6 +94,10 @@ static void spans_tell_who_overlaps(void)
     CHECK_EQ(pm_spans_remove(spans, low), 0);
     CHECK_EQ(pm_spans_add(spans, 0, 20, 3, &both, &other), 0);
     CHECK_EQ(other, 2);
+    CHECK_EQ(pm_spans_find(spans, 29, 29, &other), 0);
+    CHECK_EQ(other, 2);
+    CHECK_EQ(pm_spans_find(spans, 30, 99, &other), -ENOENT);
+    CHECK_EQ(pm_spans_add(spans, 5, 6, 0, &low, &other), -EINVAL);
     CHECK_EQ(pm_spans_add(spans, 5, 4, 4, &low, &other), -EINVAL);
     CHECK_EQ(pm_spans_remove(spans, both), 0);
     pm_spans_destroy(spans);
