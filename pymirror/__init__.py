@@ -23,6 +23,8 @@ if (_built := _ffi.string(_lib.pm_version()).decode()) != __version__:
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from .device import Device, DeviceFault, FaultReason, StaleAccessError
+from .dma import api as _dma_api
+from .dma.api import *  # noqa: F403
 from .dma.domain import DirectDomain, DmaDomain, IommuDomain
 from .dma.engine import IommuFaultError, IommuFaultReason, StaleDmaError
 from .dma.record import DmaMapping
@@ -142,3 +144,4 @@ __all__ = [
     "pin_user_pages",
     "unpin_user_pages",
 ]
+__all__ += _dma_api.__all__

@@ -15,6 +15,7 @@ from ._shim import ffi, lib
 from .callback import may_wait
 from .dma.device import DmaDevice
 from .dma.domain import DmaDomain
+from .dma.swiotlb import SwiotlbPool
 from .errors import MirrorError, error
 from .history import ago, invalidated_text
 from .page_table import Mapping, PageTable
@@ -133,7 +134,7 @@ class Device(DmaDevice):
     how many seconds an access may make no progress.
 
     ``dma_read``, ``dma_read_into`` and ``dma_write`` go by DMA address, through ``domain``: see DmaDevice for
-    ``dma_mask`` and ``iommu``.
+    ``dma_mask``, ``iommu`` and ``swiotlb``.
     """
 
     def __init__(
@@ -143,8 +144,9 @@ class Device(DmaDevice):
         fault_timeout: float = 1.0,
         dma_mask: int = (1 << 64) - 1,
         iommu: bool | DmaDomain = True,
+        swiotlb: SwiotlbPool | None = None,
     ) -> None:
-        super().__init__(name, dma_mask=dma_mask, iommu=iommu)
+        super().__init__(name, dma_mask=dma_mask, iommu=iommu, swiotlb=swiotlb)
         self.page_table = PageTable()
         self.fault_timeout = fault_timeout
         self.stats = DeviceStats()

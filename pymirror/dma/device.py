@@ -11,32 +11,42 @@ import numpy as np
 from ..errors import MirrorError
 from ..features import probe
 from .domain import DmaDomain, domain_of
+from .driver_memory import DriverMemory
 from .engine import DmaEngine
 
 if TYPE_CHECKING:
     from ..pfn import PfnArray
     from ..range_base import RangeBase
     from .record import DmaMapping
+    from .swiotlb import SwiotlbPool
 
 #: Physical addresses have 52 bits at most on x86-64.
 _ALL_MEMORY = (1 << 52) - 1
 
 
-class DmaDevice(DmaEngine):
+class DmaDevice(DmaEngine, DriverMemory):
     """``struct device`` as the DMA API sees it.
 
     ``dma_mask``: the highest DMA address that it can form, all ones below its top bit. ``iommu``: True for an
     IommuDomain of its own, False for none (DMA addresses are physical), or a domain, which several devices
-    may share.
+    may share. ``swiotlb``: the bounce pool, without an IOMMU, instead of the process's.
     """
 
-    def __init__(self, name: str, *, dma_mask: int = (1 << 64) - 1, iommu: bool | DmaDomain = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        dma_mask: int = (1 << 64) - 1,
+        iommu: bool | DmaDomain = True,
+        swiotlb: SwiotlbPool | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.dma_mask = _check_mask(name, dma_mask)
         self._iommu = iommu
         self._domain: DmaDomain | None = None
         self._range_mappings: list[tuple[RangeBase, DmaMapping]] = []
+        self._init_driver_memory(name, swiotlb)
 
     @property
     def domain(self) -> DmaDomain:

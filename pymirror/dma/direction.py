@@ -45,6 +45,8 @@ def DMA_BIT_MASK(n: int) -> int:  # noqa: N802
 
 def check_direction(what: str, direction: int) -> DmaDirection:
     """EINVAL unless it is one that data can go."""
+    if isinstance(direction, DmaDirection) and direction is not DmaDirection.NONE:
+        return direction
     if direction in (DmaDirection.BIDIRECTIONAL, DmaDirection.TO_DEVICE, DmaDirection.FROM_DEVICE):
         return DmaDirection(direction)
     raise MirrorError(

@@ -69,18 +69,20 @@ class DmaMapping:
         "when",
     )
 
-    def __init__(self, device: DmaDevice, kind: str, direction: DmaDirection, options: Any) -> None:
+    def __init__(
+        self, device: DmaDevice, kind: str, direction: DmaDirection, options: Any, site: Site | None = None
+    ) -> None:
         """Fill in what every mapping of the device has, and make it. Errors as pm_dmap_create()."""
         self.device = device
         self.kind = kind
         self.direction = direction
-        self.site = Site.of_caller()
+        self.site = site or Site.of_caller()
         self.mm: AddressSpace | None = None
         self.start: int = options.start
         self.npages: int = options.n
         self.cookie = device.domain.new_cookie()
         options.domain = device.domain.native
-        options.mask = device.dma_mask
+        options.mask = options.mask or device.dma_mask
         options.direction = direction
         options.cookie = self.cookie
         made = ffi.new("pm_dmap **")

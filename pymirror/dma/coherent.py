@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Coherent memory: what the CPU and the device both see at all times, without a sync."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .._shim import ffi
+from ..errors import MirrorError
+from .debug import DmaEntry, DmaType
+from .direction import DmaDirection
+from .memory import PAGE_SIZE, is_reachable, map_pages, map_slots, physical_pages
+from .record import DmaMapping, Site
+
+if TYPE_CHECKING:
+    from .device import DmaDevice
+
+_BOTH = DmaDirection.BIDIRECTIONAL
+
+
+def dma_alloc_coherent(device: DmaDevice, size: int) -> tuple[memoryview, int]:
+    """Memory of size bytes, zeroed, in whole pages: the CPU's view of it, and its DMA address.
+
+    Without an IOMMU memory of more than a page in one piece comes out of the bounce pool, 256 KiB at most.
+    ENOMEM: no room. EINVAL: no size. FeatureError: without an IOMMU PFNs are needed.
+    """
+    what = f"{device.name}: dma_alloc_coherent"
+    device.check_bound(what)
+    if size <= 0:
+        raise MirrorError(errno.EINVAL, f"{what}: {size} bytes", hint="give a size in bytes")
+    memory = _alloc(device, -(-size // PAGE_SIZE) * PAGE_SIZE)
+    if memory is None:
+        raise MirrorError(
+            errno.ENOMEM,
+            f"{what}: no room for {size} bytes within mask {device.coherent_dma_mask:#x}",
+            hint="without an IOMMU ask for 256 KiB at most; free what is done with",
+        )
+    address = memory.mapping.iova
+    entry = DmaEntry(
+        address, size, _BOTH, DmaType.COHERENT, Site.of_caller(), memory.cpu_addr, backing=memory
+    )
+    device.dma_debug.add(entry)
+    return memory.view[:size], address
+
+
+def dma_free_coherent(device: DmaDevice, size: int, cpu: memoryview, dma_handle: int) -> None:
+    """Free it, with the size and the view that dma_alloc_coherent() was asked for and gave.
+
+    The device reaches it no more, and ``cpu`` is released. Where arrays or other views of it live, the memory
+    stays until the last of them is gone. DmaDebugError (EINVAL) when size, view or address are others;
+    nothing is changed then.
+    """
+    entry = device.dma_debug.check_unmap(dma_handle, size, _BOTH, DmaType.COHERENT, cpu_addr=_address_of(cpu))
+    if device.dma_debug.remove(entry) and entry.backing is not None:
+        entry.backing.unmap(None)
+        with suppress(BufferError):
+            cpu.release()
+
+
+class _Memory:
+    """Mapped memory, given back by ``give_back`` when it is unmapped and nobody looks at it any more."""
+
+    def __init__(self, mapping: DmaMapping, addr: int, size: int, give_back: Callable[[], None]) -> None:
+        self.mapping, self.cpu_addr = mapping, addr
+        exporter = (ctypes.c_ubyte * size).from_address(addr)
+        weakref.finalize(exporter, give_back)
+        self.view = memoryview(exporter).cast("B")
+
+    @property
+    def mappings(self) -> list[DmaMapping]:
+        return [self.mapping]
+
+    def unmap(self, direction: DmaDirection | None) -> None:
+        self.mapping.unmap()
+
+
+def _alloc(device: DmaDevice, size: int) -> _Memory | None:
+    if not device.domain.iommu and size > PAGE_SIZE:
+        return _alloc_slots(device, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)
+    with memoryview(pages) as view:
+        addr = _address_of(view)
+    pfns: Any = None
+    if not device.domain.iommu:
+        pfns = physical_pages(device, addr, size, write=True)
+        if not is_reachable(device, pfns, addr, size, device.coherent_dma_mask):
+            return _alloc_slots(device, size)
+    try:
+        mapping = map_pages(
+            device, DmaType.COHERENT, addr, size, _BOTH, pfns=pfns, mask=device.coherent_dma_mask
+        )
+    except MirrorError as refused:
+        if refused.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFAULT):
+            return None
+        raise
+    return _Memory(mapping, addr, size, pages.close)
+
+
+def _alloc_slots(device: DmaDevice, size: int) -> _Memory | None:
+    pool = device.swiotlb
+    device._require_pfns(f"{device.name}: DMA without an IOMMU")
+    if pool.bus_last > device.coherent_dma_mask:
+        return None
+    slots = pool.alloc(size, aligned=True)
+    if slots is None:
+        return None
+    ffi.memmove(ffi.cast("char *", slots.cpu_addr), bytes(size), size)
+    mapping = map_slots(device, DmaType.COHERENT, slots, size, _BOTH)
+    return _Memory(mapping, slots.cpu_addr, size, partial(pool.free, slots))
+
+
+def _address_of(view: memoryview) -> int:
+    try:
+        with ffi.from_buffer(view) as data:
+            return int(ffi.cast("uintptr_t", data))
+    except ValueError:  # released
+        return 0
