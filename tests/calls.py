@@ -59,12 +59,38 @@ class World:
         assert self.table.map(self.rng, self.seq)
         self.daddr = int(pm.hmm_range_dma_map(self.rng, self.device)[0])
         self.domain = self.device.domain
+        self.sgl = pm.sg_list(self.content[:8])
         self.mapping = self.domain.mappings()[0]
         self.dma_map = pm.hmm_dma_map_alloc(self.device, self.sub, self.start, 4)
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
         self.held = mm.mmap(2 * PAGE)
         self.pin, self.other_pin = (pm.pin_user_pages(mm, self.held.addr, 2) for _ in range(2))
+
+    def unmap(self, addr: int) -> None:
+        assert not pm.dma_mapping_error(self.device, addr)
+        pm.dma_unmap_single(self.device, addr, 8, pm.DMA_TO_DEVICE)
+
+    def unmap_sg(self, count: int) -> None:
+        assert count == 1
+        pm.dma_unmap_sg(self.device, self.sgl, 1, pm.DMA_TO_DEVICE)
+
+    def sync(self, call: Callable[[pm.Device, int, int, int], None]) -> None:
+        addr = pm.dma_map_single(self.device, self.content, 8, pm.DMA_TO_DEVICE)
+        call(self.device, addr, 8, pm.DMA_TO_DEVICE)
+        self.unmap(addr)
+
+    def free(self, cpu: memoryview, addr: int) -> None:
+        pm.dma_free_coherent(self.device, 8, cpu, addr)
+
+    def free_iova(self, state: pm.DmaIovaState | None) -> None:
+        assert state is not None
+        pm.dma_iova_free(self.device, state)
+
+    def bounce(self) -> None:
+        slots = self.device.swiotlb.alloc(8)
+        assert slots is not None
+        self.device.swiotlb.free(slots)
 
     def state(self) -> dict[str, Any]:
         """All that a refused call must leave alone."""
@@ -243,7 +269,20 @@ CALLS = [
     _maps("Device.dma_write", lambda w: w.device.dma_write(w.daddr, w.content[:8])),
     _maps("Device.dma_read_sg", lambda w: w.device.dma_read_sg([(w.daddr, 8)])),
     _maps("Device.dma_write_sg", lambda w: w.device.dma_write_sg([(w.daddr, 8)], w.content[:8])),
-    _looks("Device.domain", lambda w: w.device.domain),
+    *(
+        _looks(f"Device.{name}", lambda w, name=name: getattr(w.device, name))  # type: ignore[misc]
+        for name in ("domain", "swiotlb", "coherent_dma_mask", "dma_errors")
+    ),
+    Call("Device.release", lambda w: w.device.release(), child=SRCH),
+    Call("dma_map_single", lambda w: w.unmap(pm.dma_map_single(w.device, w.content, 8, 1)), child=SRCH),
+    Call("dma_map_sg", lambda w: w.unmap_sg(pm.dma_map_sg(w.device, w.sgl, 1, 1)), child=SRCH),
+    Call("dma_sync_single_for_cpu", lambda w: w.sync(pm.dma_sync_single_for_cpu), child=SRCH),
+    Call("dma_sync_single_for_device", lambda w: w.sync(pm.dma_sync_single_for_device), child=SRCH),
+    Call("dma_alloc_coherent", lambda w: w.free(*pm.dma_alloc_coherent(w.device, 8)), child=SRCH),
+    Call("dma_iova_try_alloc", lambda w: w.free_iova(pm.dma_iova_try_alloc(w.device, 8)), child=SRCH),
+    *(_looks(f"SwiotlbPool.{name}", lambda w: w.bounce()) for name in ("alloc", "free")),
+    _looks("SwiotlbPool.owns", lambda w: w.device.swiotlb.owns(0)),
+    _looks("SwiotlbPool.bus_last", lambda w: w.device.swiotlb.bus_last),
     _maps("hmm_range_dma_map", lambda w: pm.hmm_range_dma_map(w.rng, w.device)),
     *(
         _looks(f"{domain}.{name}", lambda w, name=name: getattr(w.domain, name))  # type: ignore[misc]
@@ -294,11 +333,23 @@ CALLS = [
 
 # What ends something comes last, so that the others find it there.
 _ENDS = ("unregister", "remove", "close")
+_LAST = "Device.release"
 CALLS.sort(
     key=lambda call: (
-        call.name.endswith(("range_done", "unpin_user_pages")) or call.name.partition(".")[2] in _ENDS
+        call.name == _LAST,
+        call.name.endswith(("range_done", "unpin_user_pages")) or call.name.partition(".")[2] in _ENDS,
     )
 )
 
 #: Made by the library and given to callbacks: values.
-VALUES = {"DeviceFault", "MmuNotifierRange", "Vma", "CallbackError", "Features"}
+VALUES = {
+    "CallbackError",
+    "DeviceFault",
+    "DmaDebugReport",
+    "DmaEntry",
+    "DmaIovaState",
+    "Features",
+    "MmuNotifierRange",
+    "Scatterlist",
+    "Vma",
+}

@@ -32,7 +32,7 @@ def dma_alloc_coherent(device: DmaDevice, size: int) -> tuple[memoryview, int]:
     ENOMEM: no room. EINVAL: no size. FeatureError: without an IOMMU PFNs are needed.
     """
     what = f"{device.name}: dma_alloc_coherent"
-    device.check_bound(what)
+    device._check_bound(what)
     if size <= 0:
         raise MirrorError(errno.EINVAL, f"{what}: {size} bytes", hint="give a size in bytes")
     memory = _alloc(device, -(-size // PAGE_SIZE) * PAGE_SIZE)
@@ -57,6 +57,7 @@ def dma_free_coherent(device: DmaDevice, size: int, cpu: memoryview, dma_handle:
     stays until the last of them is gone. DmaDebugError (EINVAL) when size, view or address are others;
     nothing is changed then.
     """
+    device._check_here(f"{device.name}: dma_free_coherent")
     entry = device.dma_debug.check_unmap(dma_handle, size, _BOTH, DmaType.COHERENT, cpu_addr=_address_of(cpu))
     if device.dma_debug.remove(entry) and entry.backing is not None:
         entry.backing.unmap(None)

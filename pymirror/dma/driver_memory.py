@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import warnings
 from collections import deque
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from ..errors import MirrorError
 from .debug import DmaDebug, DmaEntry, DmaType
+from .domain import inherited
 from .parameters import MAX_SEGMENT_SIZE, SEGMENT_BOUNDARY
 from .report import DmaDebugReport
 from .swiotlb import SwiotlbPool, default_pool
@@ -37,6 +39,7 @@ class DriverMemory:
         self.segment_boundary = SEGMENT_BOUNDARY
         self.dma_debug = DmaDebug(name)
         self.released = False
+        self._owner = os.getpid()
         self._swiotlb = swiotlb
         self._coherent_dma_mask: int | None = None
 
@@ -67,10 +70,12 @@ class DriverMemory:
     def release(self) -> list[DmaDebugReport]:
         """The driver lets go of the device: what is still mapped is reported as leaked, then unmapped.
 
-        Returns the reports, one for each mapping. Nothing can be mapped for it afterwards. Idempotent.
+        Returns the reports, one for each mapping. Nothing can be mapped for it afterwards. Idempotent. ESRCH
+        in a forked child.
         """
         if self.released:
             return []
+        self._check_here(f"{self.name}: release")
         self.released = True
         entries = list(self.dma_debug.mappings())
         own = {id(mapping) for entry in entries for mapping in entry.mappings}
@@ -92,14 +97,23 @@ class DriverMemory:
         self.release()
 
     def __del__(self) -> None:
-        if getattr(self, "released", True) or not (len(self.dma_debug) or self._mapped()):
+        if getattr(self, "released", True) or self._owner != os.getpid():
+            return
+        # Of a closed address space nothing is left to lose.
+        if not len(self.dma_debug) and all(one.mm is not None and one.mm.closed for one in self._mapped()):
             return
         leaks = self.release()
         text = f"{self.name}: not released, {len(leaks)} DMA mappings leaked"
         warnings.warn(text, ResourceWarning, stacklevel=1, source=self)
 
-    def check_bound(self, what: str) -> None:
-        """ENODEV once it is released."""
+    def _check_here(self, what: str) -> None:
+        """ESRCH in a forked child: the mappings are the parent's."""
+        if self._owner != os.getpid():
+            raise inherited(what)
+
+    def _check_bound(self, what: str) -> None:
+        """ESRCH in a forked child; ENODEV once it is released."""
+        self._check_here(what)
         if self.released:
             raise MirrorError(errno.ENODEV, f"{what}: the device is released", hint="make a new Device")
 

@@ -65,7 +65,7 @@ def dma_map_sg(
     device's max_segment_size and segment_boundary. EINVAL, EFAULT, FeatureError as dma_map_single().
     """
     what = f"{device.name}: dma_map_sg"
-    device.check_bound(what)
+    device._check_bound(what)
     way = check_direction(what, direction)
     entries = _entries(what, sgl, nents)
     pieces = _export_all(what, entries, way)
@@ -305,6 +305,7 @@ def _crosses(address: int, size: int, boundary: int) -> bool:
 
 def _check(device: DmaDevice, sgl: Sequence[Scatterlist], nents: int, direction: int) -> DmaEntry:
     what = f"{device.name}: dma_unmap_sg"
+    device._check_here(what)
     way = check_direction(what, direction)
     first = _entries(what, sgl, min(nents, len(sgl)))[0]
     return device.dma_debug.check_unmap(first.dma_address, first.length, way, DmaType.SG, nents=nents)
@@ -314,6 +315,7 @@ def _check_sync(
     device: DmaDevice, sgl: Sequence[Scatterlist], nents: int, direction: int, *, for_cpu: bool
 ) -> DmaEntry:
     what = f"{device.name}: dma_sync_sg"
+    device._check_here(what)
     way = check_direction(what, direction)
     first = _entries(what, sgl, min(nents, len(sgl)))[0]
     return device.dma_debug.check_sync(

@@ -93,7 +93,7 @@ def check_piece(what: str, export: Export, offset: int, size: int) -> None:
 
 def _map(device: DmaDevice, ptr: Buffer, offset: int, size: int, direction: int, type_: DmaType) -> int:
     what = f"{device.name}: dma_map_{type_}"
-    device.check_bound(what)
+    device._check_bound(what)
     way = check_direction(what, direction)
     export = Export(what, ptr, writable=way.device_writes)
     check_piece(what, export, offset, size)
@@ -130,12 +130,16 @@ def no_address(device: DmaDevice, type_: DmaType, addr: int, size: int, way: Dma
 
 
 def _unmap(device: DmaDevice, addr: int, size: int, direction: int, type_: DmaType, attrs: int) -> None:
-    way = check_direction(f"{device.name}: dma_unmap_{type_}", direction)
+    what = f"{device.name}: dma_unmap_{type_}"
+    device._check_here(what)
+    way = check_direction(what, direction)
     entry = device.dma_debug.check_unmap(addr, size, way, type_)
     if device.dma_debug.remove(entry) and entry.backing is not None:
         entry.backing.unmap(None if attrs & DMA_ATTR_SKIP_CPU_SYNC else entry.direction)
 
 
 def _part(device: DmaDevice, addr: int, size: int, direction: int, *, for_cpu: bool) -> DmaEntry:
-    way = check_direction(f"{device.name}: dma_sync_single", direction)
+    what = f"{device.name}: dma_sync_single"
+    device._check_here(what)
+    way = check_direction(what, direction)
     return device.dma_debug.check_sync(addr, size, way, for_cpu=for_cpu)

@@ -77,7 +77,7 @@ def dma_iova_try_alloc(device: DmaDevice, size: int, phys: int = 0) -> DmaIovaSt
     ``phys`` is the address of the first piece, of which the last 12 bits count. None without an IOMMU, and
     when there is no room: use dma_map_page() then. EINVAL: no size.
     """
-    device.check_bound(f"{device.name}: dma_iova_try_alloc")
+    device._check_bound(f"{device.name}: dma_iova_try_alloc")
     if size <= 0:
         raise MirrorError(
             errno.EINVAL, f"{device.name}: dma_iova_try_alloc: {size} bytes", hint="give a size in bytes"
@@ -118,6 +118,7 @@ def dma_iova_link(
     linked already.
     """
     what = f"{device.name}: dma_iova_link"
+    device._check_bound(what)
     way = check_direction(what, direction)
     _check_inside(what, state, offset, size)
     iova = state.addr + offset
@@ -143,6 +144,7 @@ def dma_iova_link(
 def dma_iova_sync(device: DmaDevice, state: DmaIovaState, offset: int, size: int) -> None:
     """Let the device reach what is linked in [offset, offset + size). ENOMEM: none of it is then."""
     what = f"{device.name}: dma_iova_sync"
+    device._check_bound(what)
     _check_inside(what, state, offset, size)
     done: list[_Piece] = []
     try:
@@ -166,6 +168,7 @@ def dma_iova_unlink(device: DmaDevice, state: DmaIovaState, offset: int, size: i
     is unlinked then.
     """
     what = f"{device.name}: dma_iova_unlink"
+    device._check_here(what)
     way = check_direction(what, direction)
     _check_inside(what, state, offset, size)
     pieces = _within(state, offset, size)
@@ -192,6 +195,7 @@ def dma_iova_unlink(device: DmaDevice, state: DmaIovaState, offset: int, size: i
 
 def dma_iova_free(device: DmaDevice, state: DmaIovaState) -> None:
     """Give the IOVAs back, once everything is unlinked: DmaDebugError (EBUSY) before. Idempotent."""
+    device._check_here(f"{device.name}: dma_iova_free")
     if state.pieces:
         device.dma_debug.report(
             DmaDebugCategory.IOVA_STILL_LINKED,
