@@ -94,6 +94,9 @@ def commands(block: Block) -> list[Command]:
         else:
             assert found, f"{block.where}: an indented block begins with `$ command`; use a fence for else"
             found[-1].shown.append(line)
+    for one in found:
+        while one.shown and not one.shown[-1]:
+            one.shown.pop()
     return found
 
 

@@ -1,30 +1,12 @@
-"""Examples run, pages name what there is, links lead somewhere. What pages show: test_docs_blocks.py."""
+"""Pages name what there is, links lead somewhere. What pages show: test_docs_blocks.py."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from docpages import PAGES, ROOT
 
 import pymirror as pm
-
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-
-
-def output(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=50, cwd=ROOT, check=False
-    )
-    assert not done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_runs_and_is_short(example: Path) -> None:
-    assert output(str(example))
-    assert len(example.read_text().splitlines()) < 60
 
 
 def test_the_api_page_has_every_public_name() -> None:
