@@ -30,6 +30,7 @@ from .dma.engine import IommuFaultError, IommuFaultReason, StaleDmaError
 from .dma.record import DmaMapping
 from .errors import FeatureError, MirrorError
 from .event import Event, Guarantee, MmuNotifierRange
+from .fault_buffer import FaultBuffer, FaultEntry
 from .features import Features
 from .gup import PinnedPages, pin_user_pages, unpin_user_pages
 from .gup_dma import gup_range_dma_map, gup_range_dma_unmap
@@ -100,6 +101,8 @@ __all__ = [
     "DmaMapping",
     "DriverLock",
     "Event",
+    "FaultBuffer",
+    "FaultEntry",
     "FaultReason",
     "FeatureError",
     "Features",

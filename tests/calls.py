@@ -62,6 +62,7 @@ class World:
         self.sgl = pm.sg_list(self.content[:8])
         self.mapping = self.domain.mappings()[0]
         self.dma_map = pm.hmm_dma_map_alloc(self.device, self.sub, self.start, 4)
+        self.buffer = pm.FaultBuffer()
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
         self.held = mm.mmap(2 * PAGE)
@@ -254,6 +255,11 @@ CALLS = [
     _changes("Device.read", lambda w: w.device.read(w.mm, w.start, 8)),
     _changes("Device.read_into", lambda w: w.device.read_into(w.mm, w.start, bytearray(8))),
     _changes("Device.write", lambda w: w.device.write(w.mm, w.start, w.content[:8])),
+    Call("FaultBuffer.fetch", lambda w: w.buffer.fetch(timeout=0)),
+    _looks("FaultBuffer.replay", lambda w: w.buffer.replay()),
+    _looks("FaultBuffer.cancel", lambda w: None),
+    _looks("FaultBuffer.close", lambda w: pm.FaultBuffer().close()),
+    _looks("FaultBuffer.__len__", lambda w: len(w.buffer)),
     _looks("Device.set_fault_handler", lambda w: w.device.set_fault_handler(w.driver.handle)),
     _changes("pin_user_pages", lambda w: _enter(pm.pin_user_pages(w.mm, w.held.addr, 1))),
     Call("unpin_user_pages", lambda w: pm.unpin_user_pages(w.other_pin), OK, OK, SRCH, SRCH),
@@ -348,6 +354,7 @@ VALUES = {
     "DmaDebugReport",
     "DmaEntry",
     "DmaIovaState",
+    "FaultEntry",
     "Features",
     "MmuNotifierRange",
     "Scatterlist",
