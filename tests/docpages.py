@@ -92,7 +92,7 @@ def commands(block: Block) -> list[Command]:
             command = line.removeprefix("$ ").partition(" # ")[0].rstrip()
             found.append(Command(f"{name_of(block.page)}:{number}", command, []))
         else:
-            assert found, f"{block.where}: an indented block begins with `$ command`; use a fence for else"
+            assert found, f"{block.where}: an indented block begins with `$ command`"
             found[-1].shown.append(line)
     for one in found:
         while one.shown and not one.shown[-1]:

@@ -41,7 +41,7 @@ BLOCKS = [block for page in PAGES for block in docpages.blocks(page)]
 COMMANDS = [
     pytest.param(block, command, id=command.where)
     for block in BLOCKS
-    if block.kind == "shell"
+    if block.kind == "shell" and block.text.startswith("$ ")
     for command in docpages.commands(block)
 ]
 
@@ -75,6 +75,8 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_block_is_of_a_kind_that_is_run() -> None:
     assert [block.where for block in BLOCKS if block.kind not in KINDS] == []
+    sessions = [block for block in BLOCKS if block.kind == "shell"]
+    assert [block.where for block in sessions if not block.text.startswith("$ ")] == []
     for page in PAGES:
         list(docpages.expected_outputs(page))
 
