@@ -152,6 +152,7 @@ def _memory_devices() -> set[int]:
     return found
 
 
+@pytest.mark.root
 class TestSlots:
     def test_when_all_are_taken(self, mm: pm.AddressSpace) -> None:
         buf = filled(mm, 1)
