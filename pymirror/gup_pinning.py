@@ -214,7 +214,8 @@ def _no_memory(mm: AddressSpace, what: str, start: int, end: int) -> MirrorError
     else:
         why = (
             f"RLIMIT_MEMLOCK is {limit >> 10} KiB, this process has {_status_kib('VmPin')} KiB pinned, and"
-            f" {asked} KiB are asked for (the limit is of all that a user's processes pin together)"
+            f" {asked} KiB are asked for (the limit is of all that a user's processes pin together, and of"
+            " a few pages for each ring)"
         )
         hint = f"{memlock_command()}   # or CAP_IPC_LOCK"
     return error(errno.ENOMEM, f"{what}: {why}", addr=start, mm=mm, hint=hint)
