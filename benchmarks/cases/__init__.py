@@ -2,7 +2,7 @@
 
 import importlib
 
-SUBJECTS = ("fault", "mm", "notifier", "device", "pin", "iova")
+SUBJECTS = ("fault", "mm", "notifier", "device", "dma", "pin", "iova")
 
 
 def load() -> None:
