@@ -7,6 +7,7 @@ end; with PYMIRROR_REQUIRE_ALL=1 leaving out is a failure, except for what this 
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from leaks import Holdings, armed_seams, left_behind
 
 import pymirror as pm
 from pymirror.replay.hugepages import overcommit
+
+# A job in a shell's background ignores it, and so would every child.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 REQUIRE_ALL = os.environ.get("PYMIRROR_REQUIRE_ALL") == "1"

@@ -97,7 +97,6 @@ class ForeignMutator(Worker):
 
     def step(self, chunk: Chunk) -> None:
         chunk.seen = False
-        operations = OPERATIONS[chunk.kind]
-        operation = operations[int(self.rng.integers(len(operations)))]
+        operation = self.pick(OPERATIONS[chunk.kind])
         operation(self, chunk)
         self.tally[operation.__name__] += 1

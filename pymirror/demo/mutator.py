@@ -99,8 +99,7 @@ class Mutator(Worker):
         self._choices = {kind: _choices(kind) for kind in {chunk.kind for chunk in chunks}}
 
     def step(self, chunk: Chunk) -> None:
-        operations, odds = self._choices[chunk.kind]
-        operation = operations[int(self.rng.choice(len(operations), p=odds))]
+        operation = self.pick(*self._choices[chunk.kind])
         operation(self, chunk)
         self.tally[operation.__name__] += 1
 

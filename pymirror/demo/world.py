@@ -80,6 +80,13 @@ class Worker(threading.Thread):
     def _going_on(self) -> bool:
         return self.world.running
 
+    def pick(self, operations: Sequence[Operation], odds: list[float] | None = None) -> Operation:
+        """One at random; of those that have not run yet, as long as there are any."""
+        untried = [operation for operation in operations if operation.__name__ not in self.tally]
+        if untried:
+            return untried[int(self.rng.integers(len(untried)))]
+        return operations[int(self.rng.choice(len(operations), p=odds))]
+
     def visit(self, chunk: Chunk) -> None:
         """Take a step on the chunk, if nobody else has it."""
         if chunk.lock.acquire(blocking=False):
