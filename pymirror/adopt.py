@@ -53,6 +53,7 @@ class Adopted:
                 errno.EINVAL,
                 f"adopt: the {end - start} bytes at {start:#x} hold no whole page",
                 addr=start,
+                vma=mm._vma_for_error(start),
                 hint=f"adopt {2 * PAGE_SIZE - 1} bytes or more, or allocate them page-aligned",
             )
         self.mm = mm
@@ -66,7 +67,7 @@ class Adopted:
     def view(self) -> memoryview:
         """The whole pages, for the CPU's side. ValueError once closed."""
         if self._view is None:
-            raise ValueError(f"the memory at {self.addr:#x} is not adopted any more")
+            raise ValueError(f"the memory at {self.addr:#x} is not adopted any more; do: adopt() it again")
         return self._view
 
     @property
@@ -136,7 +137,8 @@ def _bytes_of(buffer: Buffer) -> npt.NDArray[np.uint8]:
     try:
         held = buffer if isinstance(buffer, np.ndarray) else np.asarray(memoryview(buffer))
     except (TypeError, ValueError) as wrong:
-        raise _refused(f"{wrong}", "give an object with a buffer: an array, a bytearray, a mmap") from None
+        what = f"a {type(buffer).__name__} has no buffer ({wrong})"
+        raise _refused(what, "give an array, a bytearray or a mmap") from None
     if held.dtype.hasobject:
         raise _refused("the array holds Python objects", "adopt numbers: a device cannot follow pointers")
     if not held.flags.forc:

@@ -170,14 +170,19 @@ def check_mremap(
     fixed, dontunmap = flags & MREMAP_FIXED, flags & MREMAP_DONTUNMAP
     if flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP):
         wrong = f"flags {flags:#x} has bits beyond MREMAP_MAYMOVE, MREMAP_FIXED and MREMAP_DONTUNMAP"
+        hint = "give these bits only"
     elif (fixed or dontunmap) and not flags & MREMAP_MAYMOVE:
         wrong = "MREMAP_FIXED and MREMAP_DONTUNMAP go with MREMAP_MAYMOVE only"
+        hint = f"give flags={flags | MREMAP_MAYMOVE:#x}"
     elif bool(fixed) != (new_addr is not None):
         wrong = "MREMAP_FIXED and new_addr go together only"
+        hint = "give both, or none of them"
     elif new_size <= 0:
         wrong = f"new size {new_size}"
+        hint = "give a size in bytes, at least 1; munmap() takes memory away"
     elif dontunmap and page_up(new_size) != size:
         wrong = f"MREMAP_DONTUNMAP cannot resize ({size} to {page_up(new_size)})"
+        hint = "give the old size as the new one"
     else:
         if new_addr is None:
             return page_up(new_size), 0
@@ -185,4 +190,5 @@ def check_mremap(
         if end <= old[0] or old[1] <= start:
             return end - start, start
         wrong = f"the target [{start:#x}, {end:#x}) overlaps the source [{addr:#x}, {old[1]:#x})"
-    raise invalid(mm, "mremap", wrong, addr, "see mremap(2)")
+        hint = "give a new_addr whose interval lies beside the old one"
+    raise invalid(mm, "mremap", wrong, addr, hint)

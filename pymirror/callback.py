@@ -60,6 +60,9 @@ class Callback:
         self.thread = threading.get_ident()
         self.since = time.monotonic()
 
+    def __str__(self) -> str:
+        return f"{self.name} of {_safe_repr(self.notifier)} for {self.range}"
+
 
 class _Current(threading.local):
     callback: Callback | None = None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _FAILED = object()
 
 _WAIT = "wait for the lock; only a range with blockable=False may be refused"
-_SET_SEQ = "call it in every callback, under the driver's lock"
+_SET_SEQ = "call sub.set_seq(cur_seq) in every callback, under the driver's lock"
 
 
 class State:
@@ -140,7 +140,7 @@ class Delivery:
         try:
             self.notifiers.begin(callback)
             current.callback = callback
-            with callback_scope(callback.name):
+            with callback_scope(callback):
                 return function(*args)
         except Exception as error:
             self.notifiers.report(callback, error)
@@ -153,4 +153,6 @@ class Delivery:
         return _FAILED
 
     def _report(self, callback: Callback, number: int, what: str, hint: str) -> None:
-        self.notifiers.report(callback, MirrorError(number, f"the callback {what}", hint=hint))
+        self.notifiers.report(
+            callback, MirrorError(number, f"the callback {what}", addr=callback.range.start, hint=hint)
+        )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import operator
 import threading
 import time
 from collections.abc import Callable
@@ -19,13 +20,14 @@ from .dma.swiotlb import SwiotlbPool
 from .errors import MirrorError, error
 from .history import ago, invalidated_text
 from .page_table import Mapping, PageTable
-from .walk import PAGE_SIZE, detected
+from .walk import PAGE_SIZE, USER_END, detected
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .mm import AddressSpace
     from .notifier import Invalidation
+    from .vma import Vma
 
 #: Bytes of one native call, so that Ctrl-C is heard in between.
 _CALL_BYTES = 64 << 20
@@ -110,6 +112,7 @@ class StaleAccessError(MirrorError):
         mapped: Mapping | None,
         invalidated: Invalidation | None,
         seq: int,
+        vma: Vma | None = None,
     ) -> None:
         access = "write" if write else "read"
         super().__init__(
@@ -117,6 +120,7 @@ class StaleAccessError(MirrorError):
             f"{device.name}: {access} at {addr:#x} through an entry that its callback did not clear;"
             f" {_mapped_text(mapped)}; {invalidated_text(invalidated, seq)}",
             addr=addr,
+            vma=vma,
             hint="clear the whole of [update.start, update.end) in the callback, before it returns",
         )
         self.mapped = mapped
@@ -166,6 +170,7 @@ class Device(DmaDevice):
 
     def read(self, mm: AddressSpace, addr: int, n: int) -> bytes:
         """Read n bytes at addr. See read_into() for the errors; that one copies once less."""
+        check_access(mm, f"{self.name}: read", addr, n)
         into = bytearray(n)
         self.read_into(mm, addr, into)
         return bytes(into)
@@ -188,6 +193,7 @@ class Device(DmaDevice):
         may_wait(what)
         self.page_table.check_mm(mm, what)
         size = len(memory)
+        addr = check_access(mm, what, addr, size)
         done = 0
         faults = _Patience(self.fault_timeout)
         access = ffi.new("struct pm_access *")
@@ -199,7 +205,9 @@ class Device(DmaDevice):
             ret = self.page_table.access(mm, access)
             done += access.done
             if ret not in (0, -errno.EFAULT):
-                mm._check_pid(what)
+                mm._check_here(what)
+                if ret in (-errno.ENOSYS, -errno.EPERM):
+                    mm.features.require("process_vm", what)
                 raise error(-ret, what, addr=addr + done, mm=mm)
             self._count_access(access, write, ret == 0 and done == size)
             if access.done:
@@ -207,13 +215,14 @@ class Device(DmaDevice):
             if ret == 0:
                 continue
             if access.fault == lib.PM_FAULT_NONE:
-                raise MirrorError(
+                raise error(
                     errno.EFAULT,
-                    f"{what} at {addr + done:#x}: the other side, the buffer of the caller, is not mapped",
+                    f"{what}: the other side of the copy, the buffer of the caller, is not mapped,",
                     addr=addr + done,
+                    mm=mm,
                     hint="keep the buffer until the access is over",
                 )
-            faults.again(what, access)
+            faults.again(mm, what, access)
             faults.refused = self._fault(mm, access, addr + size, what)
 
     def _fault(self, mm: AddressSpace, access: Any, end: int, what: str) -> MirrorError | None:
@@ -224,7 +233,8 @@ class Device(DmaDevice):
         if reason is FaultReason.STALE:
             seq = access.fence_seq
             mapped = self.page_table.who_mapped(page)
-            raise StaleAccessError(self, page, write, mapped, mm.notifiers.invalidation(seq), seq)
+            invalidated = mm.notifiers.invalidation(seq)
+            raise StaleAccessError(self, page, write, mapped, invalidated, seq, mm._vma_for_error(page))
         if reason is FaultReason.CHANGED:
             detected(mm, page, access.fault_end)
             return None
@@ -276,19 +286,33 @@ class _Patience:
         self._deadline = None
         self.refused = None
 
-    def again(self, what: str, access: Any) -> None:
+    def again(self, mm: AddressSpace, what: str, access: Any) -> None:
         """Before a fault is served: ETIMEDOUT if it has been served for too long, and to no avail."""
         now = time.monotonic()
         if self._deadline is None:
             self._deadline = now + self.timeout
         if now <= self._deadline:
             return
-        raise MirrorError(
+        raise error(
             errno.ETIMEDOUT,
-            f"{what} at {access.fault_start:#x}: {_REASONS[access.fault]}, not served in {self.timeout} s",
+            f"{what}: device fault ({_REASONS[access.fault]}), not served in {self.timeout} s,",
             addr=access.fault_start,
+            mm=mm,
             hint="the fault handler must map fault.addr before it returns; see also Device.fault_timeout",
         ) from self.refused
+
+
+def check_access(mm: AddressSpace, what: str, addr: int, size: int) -> int:
+    """The address as an int; EINVAL where [addr, addr + size) leaves the address space."""
+    addr, size = operator.index(addr), operator.index(size)
+    if 0 <= addr <= addr + size <= USER_END:
+        return addr
+    if size < 0:
+        wrong, hint = f"{size} bytes", "give a number of bytes, 0 or more"
+    else:
+        wrong = f"[{addr:#x}, {addr + size:#x}) is beyond the address space (0-{USER_END:#x})"
+        hint = "give a virtual address; DMA addresses are for dma_read() and dma_write()"
+    raise error(errno.EINVAL, f"{what}: {wrong}", addr=addr, mm=mm, hint=hint)
 
 
 def _mapped_text(mapped: Mapping | None) -> str:
@@ -302,6 +326,8 @@ def _mapped_text(mapped: Mapping | None) -> str:
 
 def _rebuild_stale(message: str, state: dict[str, Any]) -> StaleAccessError:
     stale = StaleAccessError.__new__(StaleAccessError)
-    MirrorError.__init__(stale, errno.EFAULT, message, addr=state["addr"], hint=state["hint"])
+    MirrorError.__init__(
+        stale, errno.EFAULT, message, addr=state["addr"], vma=state["vma"], hint=state["hint"]
+    )
     stale.__dict__.update(state)
     return stale

@@ -49,7 +49,7 @@ class PfnEncoding:
         if not all(0 <= number <= _ALL for number in (*self.flags, *self.values)):
             self._refuse("flags and values are 64-bit numbers")
         if valid == 0 or write == 0 or valid & write or (valid | write) & private:
-            self._refuse("the flags for valid and write are bits of their own")
+            self._refuse("the flags for valid and write must be bits of their own")
         if (valid | write | private) >> self.pfn_shift:
             self._refuse("the flags must lie below the PFN")
         none = self.values[VALUE_NONE]
@@ -86,7 +86,12 @@ class PfnEncoding:
         return (pfns << np.uint64(self.pfn_shift)) | np.uint64(self.flags[FLAG_VALID])
 
     def _refuse(self, wrong: str) -> None:
-        raise MirrorError(errno.EINVAL, f"PfnEncoding: {wrong}", hint="see struct hmm_range of Linux 5.1")
+        raise MirrorError(
+            errno.EINVAL,
+            f"PfnEncoding: {wrong}; given are flags={self.flags}, values={self.values},"
+            f" pfn_shift={self.pfn_shift}",
+            hint="as in flags=(1, 2, 4), values=(8, 0, 16), pfn_shift=12: bits of their own, below the PFN",
+        )
 
 
 class EntryForm:
@@ -132,8 +137,8 @@ def encoding_of(
     if flags is None or values is None or pfn_shift is None or len(flags) != 3 or len(values) != 3:
         raise MirrorError(
             errno.EINVAL,
-            "range: flags (valid, write, device private), values (error, none, special), pfn_shift: a part is"
-            " missing",
-            hint="give all three, or none of them",
+            "range: an encoding is flags (valid, write, device private), values (error, none, special) and"
+            f" pfn_shift, not {flags=}, {values=}, {pfn_shift=}",
+            hint="give all three, as in flags=(1, 2, 4), values=(8, 0, 16), pfn_shift=12, or none of them",
         )
     return PfnEncoding((flags[0], flags[1], flags[2]), (values[0], values[1], values[2]), pfn_shift)

@@ -22,8 +22,13 @@ _HINTS = {
     _errno.ESRCH: "open a new AddressSpace",
     _errno.ETIMEDOUT: "AddressSpace.dump() shows what is being waited for",
     _errno.EXDEV: "use a device page table with one address space at a time: clear() it first",
+    _errno.ENOMEM: "free memory, or see what limits this process: ulimit -v, memory.max of its cgroup",
+    _errno.ENOSPC: "give something back first, or ask for less",
+    _errno.EMFILE: "close descriptors, or raise ulimit -n",
+    _errno.EINVAL: "compare the arguments with what the docstring of the call asks for",
     EHWPOISON: "the page is poisoned hardware memory: unmap it",
 }
+_UNEXPECTED = "this errno is not expected here: see what `pymirror doctor` finds missing"
 
 
 class HasVmas(Protocol):
@@ -48,7 +53,7 @@ class MirrorError(OSError):
         vma: Vma | None = None,
         hint: str | None = None,
     ) -> None:
-        text = f"{errno_name(errno)}: {message}"
+        text = f"{errno_name(errno)}: {_located(message, addr)}"
         if vma is not None:
             text += f"; vma: {vma}"
         if hint:
@@ -106,9 +111,16 @@ def error(
 ) -> MirrorError:
     """The MirrorError that ``check`` raises. ``what`` starts with the call's name."""
     vma = mm._vma_for_error(addr) if mm is not None and addr is not None else None
-    message = what
-    if addr is not None:
-        message += f" at {addr:#x}"
-        if mm is not None and vma is None and errno != _errno.ESRCH:
-            message += " (in no vma)"
-    return MirrorError(errno, message, addr=addr, vma=vma, hint=hint or _HINTS.get(errno))
+    message = _located(what, addr)
+    if addr is not None and mm is not None and vma is None and errno != _errno.ESRCH:
+        message += " (in no vma)"
+    return MirrorError(errno, message, addr=addr, vma=vma, hint=hint or _HINTS.get(errno, _UNEXPECTED))
+
+
+def _located(text: str, addr: int | None) -> str:
+    """The text with the address in it, once."""
+    if addr is None:
+        return text
+    _, found, rest = text.partition(f"{addr:#x}")
+    named = bool(found) and rest[:1] not in tuple("0123456789abcdef")
+    return text if named else f"{text} at {addr:#x}"

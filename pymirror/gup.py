@@ -155,7 +155,9 @@ class PinnedPages(RangeBase):
             done += step[0]
             if ret < 0:
                 self._check(f"PinnedPages.{what}")
-                raise error(-ret, f"{what} of {self!r}, after {done} of {size} bytes", hint=_HINTS.get(-ret))
+                at = self.start + offset + done
+                wrong = f"PinnedPages.{what} of {self!r}, after {done} of {size} bytes,"
+                raise error(-ret, wrong, addr=at, hint=_HINTS.get(-ret))
 
     def _check_inside(self, what: str, offset: int, size: int) -> None:
         self._check(f"PinnedPages.{what}")
@@ -163,8 +165,9 @@ class PinnedPages(RangeBase):
             return
         raise MirrorError(
             errno.EINVAL,
-            f"{what}: [{offset}, {offset + size}) is not inside the {len(self)} bytes of {self!r}",
-            hint="offsets are bytes from the pin's start",
+            f"{what}: bytes [{offset}, {offset + size}) are not inside the {len(self)} bytes of {self!r}",
+            addr=self.start,
+            hint="give offsets in bytes from the pin's start",
         )
 
     def _check(self, what: str) -> None:
@@ -204,7 +207,7 @@ def pin_user_pages(
     what = "pin_user_pages"
     start, npages, flags = operator.index(start), operator.index(npages), operator.index(flags)
     check_flags(what, flags)
-    check_interval(what, start, start + npages * PAGE_SIZE)
+    check_interval(what, start, start + npages * PAGE_SIZE, mm=mm)
     native, pfns = pin_pages(mm, what, start, npages)
     return PinnedPages(mm, start, npages, native, pfns)
 
@@ -231,7 +234,9 @@ def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
         )
     if ret in (-errno.EALREADY, -errno.ESRCH):
         pin._check(what)
-        raise MirrorError(errno.EINVAL, f"{what}: another thread unpins {pin!r}", hint="unpin once")
+        raise MirrorError(
+            errno.EINVAL, f"{what}: another thread unpins {pin!r}", addr=pin.start, hint="unpin once"
+        )
     pin.unpinned_at = caller()
     pin.mm._pins.discard(pin)
     if dirty:
@@ -240,5 +245,6 @@ def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
         raise error(
             -ret,
             f"{what}: the kernel did not let go of all pages of {pin!r}",
+            addr=pin.start,
             hint="nothing: it is asked again at the next pin and at AddressSpace.close()",
         )

@@ -99,7 +99,8 @@ def _interval(kind: str, rng: RangeBase, start: int | None, end: int | None) -> 
     raise MirrorError(
         errno.EINVAL,
         f"{kind}_range_dma_unmap: [{first:#x}, {last:#x}) is no part of {rng!r} in whole pages",
-        addr=first,
+        addr=rng.start,
+        vma=rng.mm._vma_for_error(rng.start),
         hint="give page-aligned bytes inside the range, or leave start and end out",
     )
 
@@ -107,7 +108,11 @@ def _interval(kind: str, rng: RangeBase, start: int | None, end: int | None) -> 
 def _failure(kind: str, rng: RangeBase, dev: DmaDevice, failed: MirrorError) -> MirrorError:
     what = f"{kind}_range_dma_map of [{rng.start:#x}, {rng.end:#x}) for {dev.name}"
     if failed.errno == errno.EBUSY:
-        return MirrorError(errno.EBUSY, f"{what}: invalidated meanwhile, nothing is mapped", addr=rng.start)
+        hint = "wait_until_valid(), then go again"
+        why = "invalidated meanwhile, nothing is mapped"
+        return MirrorError(
+            errno.EBUSY, f"{what}: {why}", addr=rng.start, vma=rng.mm._vma_for_error(rng.start), hint=hint
+        )
     if failed.errno == errno.ENOSPC:
         why, hint = "no IOVAs are left", "unmap something, or give the device a wider dma_mask or aperture"
     elif failed.errno == errno.EFAULT:
@@ -115,4 +120,5 @@ def _failure(kind: str, rng: RangeBase, dev: DmaDevice, failed: MirrorError) -> 
         hint = "give the device an IOMMU, or a wider dma_mask"
     else:
         return failed
-    return MirrorError(errno.EFAULT, f"{what}: {why}, nothing is mapped", addr=rng.start, hint=hint)
+    vma = rng.mm._vma_for_error(rng.start)
+    return MirrorError(errno.EFAULT, f"{what}: {why}, nothing is mapped", addr=rng.start, vma=vma, hint=hint)

@@ -82,10 +82,11 @@ class _Pinning:
                 self._replace(*changed)
             elif ret != -errno.EBUSY:
                 raise _failure(self.mm, self.what, ret, self.start, self.end)
-        raise MirrorError(
+        raise error(
             errno.EBUSY,
             f"{self.what}: [{self.start:#x}, {self.end:#x}) was exchanged meanwhile, {_ATTEMPTS} times",
             addr=self.start,
+            mm=self.mm,
             hint="pin it when nobody maps or unmaps it",
         )
 

@@ -129,13 +129,17 @@ class HmmDmaMap:
     def _check(self, what: str, idx: int) -> None:
         if self.freed:
             raise MirrorError(
-                errno.EINVAL, f"{what}: {self!r} was freed", hint="make a new one: hmm_dma_map_alloc()"
+                errno.EINVAL,
+                f"{what}: {self!r} was freed",
+                addr=self.start,
+                hint="make a new one: hmm_dma_map_alloc()",
             )
         if not 0 <= idx < self.nr_entries:
             raise MirrorError(
                 errno.EINVAL,
                 f"{what}: index {idx} is not one of the {self.nr_entries} entries of {self!r}",
-                hint="an entry is dma_entry_size bytes from start",
+                addr=self.start,
+                hint=f"an entry is {self.dma_entry_size} bytes: (addr - start) // {self.dma_entry_size}",
             )
 
     def _free(self) -> None:
@@ -170,7 +174,10 @@ def hmm_dma_map_alloc(
     what = "hmm_dma_map_alloc"
     if dma_entry_size not in (PAGE_SIZE, 2 << 20):
         raise MirrorError(
-            errno.EINVAL, f"{what}: dma_entry_size {dma_entry_size}", hint="4096, or 2 MiB for huge pages"
+            errno.EINVAL,
+            f"{what}: dma_entry_size {dma_entry_size} is no size of page here",
+            addr=start,
+            hint="give 4096, or 2 MiB for huge pages",
         )
     check_interval(what, start, start + nr_entries * dma_entry_size, dma_entry_size.bit_length() - 1)
     check_covers(notifier, what, start, start + nr_entries * dma_entry_size)
@@ -191,7 +198,13 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
     if not (pages & np.uint64(HMM_PFN_VALID)).all():
         return DMA_MAPPING_ERROR
     if map.notifier.read_retry(seq):
-        raise error(errno.EBUSY, f"hmm_dma_map_pfn: entry {idx} of {map!r} was invalidated")
+        raise error(
+            errno.EBUSY,
+            f"hmm_dma_map_pfn: entry {idx} of {map!r} was invalidated since sequence {seq},",
+            addr=map.start + idx * map.dma_entry_size,
+            mm=map.notifier.mm,
+            hint="hmm_dma_unmap_pfn() it, read_begin() for a fresh sequence, and fault it again",
+        )
     present = map._entry(idx)
     if present != int(pages[0]) & _KEPT_OUT:
         if present:
@@ -224,5 +237,8 @@ def hmm_dma_map_free(dev: DmaDevice, map: HmmDmaMap) -> None:
 def _check_device(dev: DmaDevice, map: HmmDmaMap) -> None:
     if map.dev is not dev:
         raise MirrorError(
-            errno.EINVAL, f"{map!r} is not {dev.name}'s", hint="give the device it was allocated for"
+            errno.EINVAL,
+            f"hmm_dma_map: {map!r} is not {dev.name}'s",
+            addr=map.start,
+            hint=f"give the device that it was allocated for, {map.dev.name}",
         )

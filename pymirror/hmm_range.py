@@ -12,7 +12,7 @@ import numpy as np
 from ._shim import ffi, lib
 from .callback import may_wait
 from .encoding import EntryForm
-from .errors import MirrorError, check
+from .errors import MirrorError, check, error
 from .lock import not_in_callback
 from .notifier import KIND_RANGE, wait_read_begin
 from .pfn import HMM_PFN_ERROR
@@ -79,9 +79,11 @@ class Range(RangeBase):
         """EINVAL: not aligned to 1 << page_shift, empty, reversed or beyond the address space. ENOMEM."""
         if page_shift not in (PAGE_SHIFT, _HUGE_SHIFT):
             raise MirrorError(
-                errno.EINVAL, f"range: page_shift {page_shift}", hint="12, or 21 for 2 MiB hugetlb memory"
+                errno.EINVAL,
+                f"range: page_shift {page_shift} is no size of page here",
+                hint="give 12, or 21 for hugetlb memory of 2 MiB",
             )
-        check_interval("range", start, end, page_shift)
+        start, end = check_interval("range", start, end, page_shift, mirror.mm)
         self.mirror = mirror
         self.mm: AddressSpace = mirror.mm
         self.start = start
@@ -197,7 +199,7 @@ class Range(RangeBase):
         ret = lib.pm_sub_insert(self._native_mm, self.start, self.end - 1, 0, KIND_RANGE, sub)
         if ret == -errno.ESRCH:
             hmm.check_alive("Range.register")
-        check(ret, "Range.register", addr=self.start)
+        check(ret, "Range.register", addr=self.start, mm=self.mm)
         self._sub = self._walk.sub = ffi.gc(sub[0], lib.pm_sub_put)
         self._hmm = hmm
         self._registered = True
@@ -231,7 +233,8 @@ class Range(RangeBase):
         if ret in (0, -errno.ESRCH) and lib.pm_mm_alive(self._native_mm) >= 0:
             return False
         self.mm._check_pid("wait_until_valid")
-        check(ret, f"wait_until_valid: [{self.start:#x}, {self.end:#x}) is still being invalidated")
+        what = f"wait_until_valid: [{self.start:#x}, {self.end:#x}) is being invalidated for {timeout} s now"
+        check(ret, what, addr=self.start, mm=self.mm)
         return False
 
     def snapshot(self) -> int:
@@ -308,17 +311,21 @@ class Range(RangeBase):
     def _check_registered(self, what: str) -> None:
         if not self._registered:
             raise MirrorError(
-                errno.EINVAL, f"{what}: {self!r} is not registered", hint="register(), or a with block"
+                errno.EINVAL,
+                f"{what}: {self!r} is not registered",
+                addr=self.start,
+                hint="register() it first, or use it as `with mirror.range(...) as rng:`",
             )
 
     def _invalid(self, what: str) -> MirrorError:
         self._check_registered(what)
         if self._hmm is not None:
             self._hmm.check_alive(what)
-        return MirrorError(
+        return error(
             errno.EAGAIN,
-            f"{what}: [{self.start:#x}, {self.end:#x}) is invalid",
+            f"{what}: [{self.start:#x}, {self.end:#x}) was invalidated since the last wait_until_valid()",
             addr=self.start,
+            mm=self.mm,
             hint="wait_until_valid(), then go again",
         )
 
@@ -340,5 +347,7 @@ def _new_array(npages: int) -> PfnArray:
         return np.zeros(npages, np.uint64)
     except MemoryError:
         raise MirrorError(
-            errno.ENOMEM, f"range: no memory for {npages} pfns", hint="mirror it in smaller ranges"
+            errno.ENOMEM,
+            f"range: no memory for {npages} pfns of 8 bytes",
+            hint="mirror it in smaller ranges",
         ) from None

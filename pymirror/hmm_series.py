@@ -53,6 +53,8 @@ def hmm_vma_fault(rng: Range, block: bool = True) -> int:
                 f"hmm_vma_fault: [{rng.start:#x}, {rng.end:#x}) is still being invalidated after"
                 f" {HMM_RANGE_DEFAULT_TIMEOUT} s",
                 addr=rng.start,
+                vma=failed.vma,
+                hint="go again; AddressSpace.dump() shows what invalidates it",
             ) from failed
         raise
 

@@ -31,7 +31,7 @@ class _ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.taken: list[DriverLock] = []
-        self.callbacks: list[str] = []
+        self.callbacks: list[object] = []
 
 
 _thread = _ThreadState()
@@ -70,7 +70,7 @@ class DriverLock(_thread_module.RLock):  # type: ignore[misc]
         if self.held:
             raise MirrorError(
                 errno.EDEADLK,
-                f"acquire: this thread holds {self.name!r} already",
+                f"acquire: this thread holds {self.name!r} already, and would wait for itself",
                 hint="do not call what takes the lock while holding it",
             )
         try:
@@ -148,12 +148,12 @@ def held_here() -> list[DriverLock]:
 
 
 @contextmanager
-def callback_scope(name: str) -> Iterator[None]:
-    """Marks the calling thread as inside the callback ``name``."""
+def callback_scope(callback: object) -> Iterator[None]:
+    """Marks the calling thread as inside a callback, whose ``str()`` says which."""
     callbacks = _thread.callbacks
     depth = len(callbacks)
     try:
-        callbacks.append(name)
+        callbacks.append(callback)
         yield
     finally:
         del callbacks[depth:]
@@ -161,7 +161,7 @@ def callback_scope(name: str) -> Iterator[None]:
 
 def in_callback() -> str | None:
     """The callback that the calling thread is in, the innermost; None outside."""
-    return _thread.callbacks[-1] if _thread.callbacks else None
+    return str(_thread.callbacks[-1]) if _thread.callbacks else None
 
 
 def not_in_callback(what: str) -> None:
@@ -170,8 +170,8 @@ def not_in_callback(what: str) -> None:
         return
     raise MirrorError(
         errno.EDEADLK,
-        f"{what}: called inside the notifier callback {_thread.callbacks[-1]}",
-        hint="a callback may only clear device entries and set sequence numbers; do the rest later",
+        f"{what}: called in a callback, {_thread.callbacks[-1]}, where it would wait for that callback",
+        hint="only clear device entries and set sequence numbers in a callback; do the rest later",
     )
 
 
@@ -181,7 +181,7 @@ def not_under_driver_lock(what: str) -> None:
         return
     raise MirrorError(
         errno.EDEADLK,
-        f"{what}: this thread holds {held[-1].name!r}, which callbacks may need",
+        f"{what}: this thread holds {held[-1].name!r}, which the callbacks that it waits for may need",
         hint="release the driver lock first; the order is mmap lock, then driver lock",
     )
 

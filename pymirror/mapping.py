@@ -13,6 +13,7 @@ from . import affected
 from ._shim import ffi, lib
 from .affected import HUGE_SIZE, PAGE_SIZE
 from .errors import MirrorError, check, error
+from .refusals import refused_hint
 
 _MAP_SHARED = _mmap.MAP_SHARED
 _MAP_PRIVATE = _mmap.MAP_PRIVATE
@@ -29,9 +30,10 @@ def check_mmap(size: int, offset: int, fd: int, huge: str | None) -> tuple[int, 
     if size <= 0:
         wrong, hint = f"size {size}", "give a size in bytes, at least 1"
     elif offset < 0 or offset % PAGE_SIZE:
-        wrong, hint = f"offset {offset} is not a multiple of {PAGE_SIZE}", "map from the start of the page"
+        wrong = f"offset {offset} is not a multiple of {PAGE_SIZE}"
+        hint = f"give offset {offset // PAGE_SIZE * PAGE_SIZE if offset > 0 else 0}, and a larger size"
     elif huge not in _HUGE:
-        wrong, hint = f"huge={huge!r}", 'give None, "thp" or "hugetlb"'
+        wrong, hint = f"huge={huge!r} is no kind of page", 'give None, "thp" or "hugetlb"'
     elif huge == "hugetlb" and fd >= 0:
         wrong, hint = 'huge="hugetlb" with a file', "leave huge out: a file on hugetlbfs is huge by itself"
     elif fd < 0 and offset:
@@ -52,12 +54,15 @@ def backing(size: int, shared: bool, fd: int, huge: str | None) -> int:
         fd = os.memfd_create("pymirror", flags)
     except OSError as failed:
         number = failed.errno or errno.EIO
-        raise error(number, "mmap: descriptor for the memory", hint="check fd, and ulimit -n") from None
+        what = f"mmap: fd {fd} cannot be duplicated" if fd >= 0 else "mmap: no memfd for shared memory"
+        hint = "give a descriptor that is open" if number == errno.EBADF else None
+        raise error(number, what, hint=hint) from None
     try:
         os.ftruncate(fd, size)
     except OSError as failed:
         os.close(fd)
-        raise error(failed.errno or errno.EIO, f"mmap: memfd of {size} bytes") from None
+        hint = "give a size below 2**63, or see ulimit -f" if failed.errno == errno.EFBIG else None
+        raise error(failed.errno or errno.EIO, f"mmap: a memfd of {size} bytes", hint=hint) from None
     return fd
 
 
@@ -72,7 +77,7 @@ def map_memory(
     ret, addr = _map_call(native, 0, size, prot, flags, fd, offset)
     if ret == -errno.ENOMEM and huge == "hugetlb":
         raise _no_huge_pages(size)
-    check(ret, f"mmap of {size} bytes", hint=_hint(ret))
+    check(ret, f"mmap of {size} bytes", hint=refused_hint("mmap", -ret))
     return addr
 
 
@@ -80,17 +85,17 @@ def _map_aligned(native: Any, size: int, prot: int, flags: int, fd: int, offset:
     """Reserve too much, map over the aligned part, give the rest back."""
     room = size + HUGE_SIZE - PAGE_SIZE
     ret, reserved = _map_call(native, 0, room, 0, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
-    check(ret, f"mmap of {size} bytes", hint=_hint(ret))
+    check(ret, f"mmap of {size} bytes", hint=refused_hint("mmap", -ret))
     addr = affected.page_up(reserved, HUGE_SIZE)
     ret, _ = _map_call(native, addr, size, prot, flags | _MAP_FIXED, fd, offset)
     if ret < 0:
         lib.pm_munmap(native, reserved, room)
-        check(ret, f"mmap of {size} bytes", hint=_hint(ret))
+        check(ret, f"mmap of {size} bytes", hint=refused_hint("mmap", -ret))
     for start, end in ((reserved, addr), (addr + size, reserved + room)):
         ret = lib.pm_munmap(native, start, end - start) if start < end else 0
         if ret < 0:
             lib.pm_munmap(native, reserved, room)
-            check(ret, f"mmap of {size} bytes", hint=_hint(ret))
+            check(ret, f"mmap of {size} bytes", hint=refused_hint("mmap", -ret))
     return addr
 
 
@@ -100,12 +105,6 @@ def _map_call(
     place = ffi.new("uint64_t *")
     ret = lib.pm_mmap(native, addr, size, prot, flags, fd, offset, place)
     return ret, int(place[0])
-
-
-def _hint(ret: int) -> str | None:
-    if ret == -errno.ENOMEM:
-        return "ask for less; see ulimit -v, /proc/sys/vm/overcommit_memory and /proc/sys/vm/max_map_count"
-    return "open the file with the access that prot and shared ask for" if ret == -errno.EACCES else None
 
 
 def _surplus() -> int:

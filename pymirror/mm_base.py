@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import errno
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ._shim import ffi, lib
 from .adopt import Adoptions
-from .affected import PAGE_SIZE, USER_END
-from .errors import MirrorError, check
+from .affected import PAGE_SIZE, USER_END, Interval, invalid
+from .errors import HasVmas, MirrorError, check
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end
 from .lock import MmapLock, not_in_callback, not_under_driver_lock
 from .pin_registry import PinRegistry
@@ -22,6 +24,9 @@ from .vma import Vma, find_vma, walk_vmas
 if TYPE_CHECKING:
     from .mm import AddressSpace
     from .notifier import NotifierSet
+
+
+_E = TypeVar("_E", bound=Enum)
 
 
 class MmBase:
@@ -83,8 +88,12 @@ class MmBase:
         """
         self._check("invalidate")
         not_under_driver_lock("invalidate")
-        check_pages("invalidate", start, end)
-        with self._invalidation(start, end, Event(event), owner, blockable, Guarantee(guarantee)) as change:
+        start, end = check_pages(self, "invalidate", start, end)
+        what, how = (
+            one_of("invalidate: event", Event, event),
+            one_of("invalidate: guarantee", Guarantee, guarantee),
+        )
+        with self._invalidation(start, end, what, owner, blockable, how) as change:
             yield change
 
     def watch(self, start: int, end: int, files: bool = False) -> int:
@@ -95,7 +104,7 @@ class MmBase:
         userfaultfd is missing. EINVAL; EDEADLK in a callback.
         """
         self._check("watch")
-        check_pages("watch", start, end)
+        start, end = check_pages(self, "watch", start, end)
         end = min(end, USER_END)
         flags = lib.PM_WATCH_FILES if files else 0
         total, at = 0, start
@@ -191,12 +200,28 @@ class MmBase:
         )
 
 
-def check_pages(what: str, start: int, end: int) -> None:
-    """EINVAL unless [start, end) is an interval of whole pages, below 1 << 64."""
-    if start % PAGE_SIZE == 0 and end % PAGE_SIZE == 0 and 0 <= start < end <= WHOLE_MM_END:
-        return
-    wrong = f"{what}: [{start:#x}, {end:#x}) is no interval of whole pages"
-    raise MirrorError(errno.EINVAL, wrong, hint="give page-aligned bytes, start below end")
+def check_pages(mm: HasVmas, what: str, start: int, end: int) -> Interval:
+    """[start, end) as ints; EINVAL unless it is an interval of whole pages, below 1 << 64."""
+    start, end = operator.index(start), operator.index(end)
+    if start % PAGE_SIZE or end % PAGE_SIZE:
+        wrong = f"not aligned to pages of {PAGE_SIZE} bytes"
+    elif start >= end:
+        wrong = "empty" if start == end else "reversed"
+    elif start < 0 or end > WHOLE_MM_END:
+        wrong = "beyond 64 bits of address"
+    else:
+        return start, end
+    hint = f"give the first byte and the byte after the last, multiples of {PAGE_SIZE}"
+    raise invalid(mm, what, f"[{start:#x}, {end:#x}) is {wrong}", start, hint)
+
+
+def one_of(what: str, kind: type[_E], given: object) -> _E:
+    """The member of an enumeration; EINVAL for what is none."""
+    try:
+        return kind(given)
+    except ValueError:
+        names = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
+        raise MirrorError(errno.EINVAL, f"{what}={given!r}", hint=f"give one of {names}") from None
 
 
 def end_native(begun: Any) -> None:

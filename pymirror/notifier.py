@@ -216,7 +216,13 @@ class IntervalNotifier:
         ret = wait_read_begin(self._native, seq, timeout)
         if ret < 0:
             self.mm._check_pid("read_begin")
-            check(ret, f"read_begin of {self!r}", addr=self.start, hint=_begin_hint(ret))
+            check(
+                ret,
+                f"read_begin: {self!r} {_begin_why(ret)}",
+                addr=self.start,
+                mm=self.mm,
+                hint=_begin_hint(ret),
+            )
         return int(seq[0])
 
     def read_retry(self, seq: int) -> bool:
@@ -238,12 +244,14 @@ class IntervalNotifier:
             raise MirrorError(
                 errno.EINVAL,
                 f"set_seq({seq}) of {self!r}: not in a callback of this notifier",
+                addr=self.start,
                 hint="call it in invalidate, on the notifier that invalidate was given",
             )
         if seq != callback.range.seq:
             raise MirrorError(
                 errno.EINVAL,
-                f"set_seq({seq}) of {self!r}: the invalidation has {callback.range.seq}",
+                f"set_seq({seq}) of {self!r}: the invalidation, {callback.range}, has {callback.range.seq}",
+                addr=callback.range.start,
                 hint="pass the cur_seq of the callback",
             )
         callback.acked = True
@@ -262,7 +270,8 @@ class IntervalNotifier:
         self.length, length = 0, self.length
         raise MirrorError(
             errno.EOVERFLOW,
-            f"IntervalNotifier: start {self.start:#x}, length {length:#x} is not an interval below 2**64",
+            f"IntervalNotifier: {length:#x} bytes from {self.start:#x} are no interval below 2**64",
+            addr=self.start,
             hint="give a start and a length in bytes, at least 1",
         )
 
@@ -281,6 +290,7 @@ class IntervalNotifier:
         raise MirrorError(
             errno.EINVAL,
             f"IntervalNotifier: {missing}",
+            addr=self.start,
             hint="give invalidate, or invalidate_start and invalidate_finish",
         )
 
@@ -308,5 +318,11 @@ def _ns(timeout: float | None) -> int:
     return max(0, int(timeout * 1e9))
 
 
+def _begin_why(ret: int) -> str:
+    if ret == -errno.ESRCH:
+        return "was removed, or its address space is closed"
+    return "is being invalidated still" if ret == -errno.ETIMEDOUT else "failed"
+
+
 def _begin_hint(ret: int) -> str | None:
-    return "the notifier was removed or the address space closed" if ret == -errno.ESRCH else None
+    return "insert a new IntervalNotifier of an open AddressSpace" if ret == -errno.ESRCH else None

@@ -21,7 +21,7 @@ from ._shim import ffi, lib
 from .callback import Callback, failure, logger, may_wait
 from .delivery import Delivery, State
 from .dispatcher import Dispatcher
-from .errors import MirrorError, check
+from .errors import MirrorError, check, error
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end, python_end
 from .lock import SLICE, renew_in_child
 
@@ -366,9 +366,10 @@ class NotifierSet:
 
 
 def _would_block(range: MmuNotifierRange) -> MirrorError:
-    return MirrorError(
+    return error(
         errno.EAGAIN,
-        f"a callback cannot serve {range} without waiting",
+        f"invalidate: a callback would have to wait to serve {range}, which is not blockable",
         addr=range.start,
-        hint="the invalidation did not happen; try again",
+        mm=range.mm,
+        hint="nothing was invalidated: go again, or invalidate with blockable=True",
     )

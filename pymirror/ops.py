@@ -25,6 +25,7 @@ from .errors import MirrorError, check, error
 from .event import Event, Guarantee
 from .mapping import backing, check_mmap, map_memory
 from .mm_base import MmBase, check_pages, end_native
+from .refusals import refused_hint
 from .region import Piece, Region, make_region
 from .vma import find_vma
 
@@ -120,7 +121,8 @@ class MemoryOperations(MmBase):
         prot = operator.index(prot)
         if prot & ~0xF:
             wrong = f"prot {prot:#x} is not made of PROT_READ, PROT_WRITE and PROT_EXEC"
-            raise affected.invalid(self, "mprotect", wrong, start, "see mprotect(2)")
+            hint = "give mmap.PROT_READ | mmap.PROT_WRITE, or what else is wanted of these"
+            raise affected.invalid(self, "mprotect", wrong, start, hint)
         with self._operation("mprotect"):
             affected.check_huge_cuts(self, "mprotect", start, end)
             change = list(affected.protected(self._walk(start, end), start, end, prot))
@@ -180,7 +182,7 @@ class MemoryOperations(MmBase):
 
         EAGAIN: not all was reaped, go again. EINVAL; EBUSY (adopted memory, without ``force``).
         """
-        check_pages("oom_reap", start, end)
+        start, end = check_pages(self, "oom_reap", start, end)
         start, end = affected.check_span(self, "oom_reap", start, end - start)
         with self._operation("oom_reap", write=False):
             self._keep_adopted("oom_reap", start, end, force)
@@ -232,7 +234,7 @@ class MemoryOperations(MmBase):
         start, end = old
         vma = find_vma(self.native, start)
         if vma is None or start not in vma:
-            raise error(errno.EFAULT, "mremap", addr=start, mm=self)
+            raise error(errno.EFAULT, "mremap", addr=start, mm=self, hint="mmap() something there first")
         if vma.hugetlb:
             affected.check_huge_cuts(self, "mremap", start, end)
             if (end - start) % vma.page_size:
@@ -303,10 +305,9 @@ class MemoryOperations(MmBase):
                 f"mremap at {addr:#x}: no room to grow in place",
                 addr=addr,
                 vma=self._vma_for_error(addr),
-                hint="give MREMAP_MAYMOVE",
+                hint="give flags=MREMAP_MAYMOVE",
             )
-        hint = "mremap() wants one vma: move what /proc/self/maps shows as several piece by piece"
-        check(ret, "mremap", addr=addr, mm=self, hint=hint if ret == -errno.EFAULT else None)
+        check(ret, "mremap", addr=addr, mm=self, hint=refused_hint("mremap", -ret))
 
     def _unmap(self, what: str, start: int, end: int) -> None:
         change = [(start, end)] if self._mapped(start, end) else []
@@ -343,7 +344,7 @@ class MemoryOperations(MmBase):
     def _check_range(self, ret: int, what: str, start: int, end: int) -> None:
         """As check(); of ENOMEM it says whether a hole was meant, and where."""
         addr = start
-        hint = f"see {what.split()[0]}(2)"
+        hint = refused_hint(what.split()[0], -ret)
         if ret == -errno.ENOMEM:
             hint = "the process has too many vmas: /proc/sys/vm/max_map_count"
             if (hole := self._first_hole(start, end)) is not None:

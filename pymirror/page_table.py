@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import operator
 import sys
 import time
 import weakref
@@ -91,18 +92,22 @@ class PageTable:
             if start is None or pfns is None:
                 raise MirrorError(
                     errno.EINVAL,
-                    "PageTable.map: no pages",
-                    hint="map(sub, seq, start, pfns), or map(rng, seq)",
+                    "PageTable.map: start and pfns are missing, which go with an IntervalNotifier",
+                    addr=target.start,
+                    hint="map(sub, seq, start, pfns), or map(rng, seq) of a Range",
                 )
             check_pfns("PageTable.map", pfns, pfns.size)
             sub, buffer = target.native, ffi.from_buffer("uint64_t[]", pfns)
         if sub is None:
             raise MirrorError(
-                errno.EINVAL, f"PageTable.map: {target!r} is not registered", hint="register() it"
+                errno.EINVAL,
+                f"PageTable.map: {target!r} was never registered",
+                addr=target.start,
+                hint="register() it, and fault() it for a sequence number",
             )
         n = pfns.size
         end = start + (n << PAGE_SHIFT)
-        check_interval("PageTable.map", start, end)
+        check_interval("PageTable.map", start, end, mm=target.mm)
         if isinstance(target, IntervalNotifier):
             check_covers(target, "PageTable.map", start, end)
         if target.read_retry(seq):
@@ -123,13 +128,14 @@ class PageTable:
 
     def clear(self, start: int, end: int) -> int:
         """Drop the entries of [start, end), bytes, ``end`` up to 1 << 64. Returns how many. For callbacks."""
+        start, end = _ints("PageTable.clear", start, end)
         if end <= start:
             return 0
         return check(lib.pm_table_clear(self._native, start, native_end(end)), "PageTable.clear")
 
     def entries(self, start: int, end: int) -> PfnArray:
         """The raw entries of the pages of [start, end), 0 where there is none. For callbacks too."""
-        check_interval("PageTable.entries", start, end)
+        start, end = check_interval("PageTable.entries", start, end, mm=self.mm)
         ret = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
         buffer = ffi.from_buffer("uint64_t[]", ret)
         check(lib.pm_table_read(self._native, start, ret.size, buffer), "PageTable.entries")
@@ -137,6 +143,7 @@ class PageTable:
 
     def next(self, start: int = 0, end: int = USER_END) -> int | None:
         """The address of the first entry in [start, end), fenced or not; None without one."""
+        start, end = _ints("PageTable.next", start, end)
         if end <= start:
             return None
         ret = ffi.new("uint64_t *")
@@ -149,7 +156,7 @@ class PageTable:
     def verify(self, start: int, end: int) -> tuple[int, int] | None:
         """Compare entries with the CPU page table: the first run that changed unseen, or None."""
         not_in_callback("PageTable.verify")
-        check_interval("PageTable.verify", start, end)
+        start, end = check_interval("PageTable.verify", start, end, mm=self.mm)
         changed = ffi.new("uint64_t[2]")
         err = lib.pm_table_verify(self._native, start, end, changed, changed + 1)
         if err == -errno.ESTALE:
@@ -172,10 +179,13 @@ class PageTable:
         bound = self.mm
         if bound is None or bound is mm or bound.closed or not self.stats()["entries"]:
             return
+        first = self.next()
+        where = f", the first at {first:#x}" if first is not None else ""
         raise MirrorError(
             errno.EXDEV,
-            f"{what}: the page table has entries of another address space",
-            hint="a device follows one address space at a time: clear() its table first",
+            f"{what}: the device's page table has entries of another address space{where}",
+            addr=first,
+            hint="a device follows one address space at a time: page_table.clear(0, 1 << 64) first",
         )
 
     def access(self, mm: AddressSpace, access: Any) -> int:
@@ -195,3 +205,16 @@ class PageTable:
         self._mappings.append(
             Mapping(start, end, seq, time.monotonic(), frame.f_code.co_filename, frame.f_lineno)
         )
+
+
+def _ints(what: str, start: int, end: int) -> tuple[int, int]:
+    """Addresses below 1 << 64, not in order necessarily."""
+    start, end = operator.index(start), operator.index(end)
+    if start >= 0 and end >= 0 and (start < 1 << 64 or end <= start):
+        return start, end
+    raise MirrorError(
+        errno.EINVAL,
+        f"{what}: [{start:#x}, {end:#x}) is not made of addresses",
+        addr=start,
+        hint="give bytes from 0 to 1 << 64",
+    )

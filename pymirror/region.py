@@ -94,7 +94,7 @@ class Region:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ValueError(f"the Region at {self.addr:#x} is unmapped")
+            raise ValueError(f"the Region at {self.addr:#x} is unmapped; do: mmap() a new one")
 
 
 class _Held:

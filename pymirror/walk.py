@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import errno
 import mmap
+import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._shim import ffi, lib
 from .callback import may_wait
-from .errors import EHWPOISON, MirrorError, error
+from .errors import EHWPOISON, HasVmas, MirrorError, error
 from .event import Guarantee
 
 if TYPE_CHECKING:
@@ -29,15 +30,20 @@ FAULT_NOBLOCK: int = FAULT | lib.PM_WALK_NOBLOCK
 SNAPSHOT: int = lib.PM_WALK_STRICT | lib.PM_WALK_VERIFY
 
 _WHY = {
-    errno.EAGAIN: "it would have to wait for I/O",
-    errno.EBUSY: "the range was invalidated during the walk",
-    errno.EPERM: "the vma does not permit the access asked for",
+    errno.EAGAIN: "cannot be faulted without waiting for I/O",
+    errno.EBUSY: "was invalidated since its sequence number was taken",
+    errno.EPERM: "the vma does not permit the access that is asked for",
     errno.ENOMEM: "no memory to fault the pages in",
 }
 
+_HINTS = {errno.EBUSY: "wait_until_valid() or read_begin() for a fresh sequence number, then go again"}
 
-def check_interval(what: str, start: int, end: int, shift: int = PAGE_SHIFT) -> None:
-    """EINVAL unless [start, end) is an interval of user addresses, aligned to pages of 1 << shift bytes."""
+
+def check_interval(
+    what: str, start: int, end: int, shift: int = PAGE_SHIFT, mm: HasVmas | None = None
+) -> tuple[int, int]:
+    """[start, end) as ints; EINVAL unless these are user addresses, aligned to pages of 1 << shift bytes."""
+    start, end = operator.index(start), operator.index(end)
     page = 1 << shift
     if start % page or end % page:
         wrong = f"not aligned to pages of {page} bytes"
@@ -48,10 +54,12 @@ def check_interval(what: str, start: int, end: int, shift: int = PAGE_SHIFT) -> 
     elif start < 0 or end > USER_END:
         wrong = f"beyond the address space (0-{USER_END:#x})"
     else:
-        return
+        return start, end
     raise MirrorError(
         errno.EINVAL,
         f"{what}: [{start:#x}, {end:#x}) is {wrong}",
+        addr=start,
+        vma=mm._vma_for_error(start) if mm is not None else None,
         hint=f"give the first byte and the byte after the last, multiples of {page}",
     )
 
@@ -60,9 +68,12 @@ def check_covers(sub: IntervalNotifier, what: str, start: int, end: int) -> None
     """EINVAL unless [start, end) lies in the notifier's interval."""
     if sub.start <= start and end <= sub.start + sub.length:
         return
-    raise MirrorError(
+    first = start if start < sub.start else max(start, sub.start + sub.length)
+    raise error(
         errno.EINVAL,
         f"{what}: [{start:#x}, {end:#x}) is not inside {sub!r}, whose sequence would say nothing of it",
+        addr=first,
+        mm=sub.mm,
         hint="use a notifier that covers the range",
     )
 
@@ -76,10 +87,11 @@ def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
     if ret == -errno.ESTALE:
         start, end = walk.fail_start, walk.fail_end
         detected(mm, start, end)
-        return MirrorError(
+        return error(
             errno.EBUSY,
             f"{what}: [{start:#x}, {end:#x}) had changed unseen and was invalidated now",
             addr=start,
+            mm=mm,
             hint="take a new sequence number and go again",
         )
     if ret == -errno.EOPNOTSUPP:
@@ -90,8 +102,10 @@ def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
     if ret == -errno.EFAULT:
         return _fault_error(mm, what, walk.fail_start)
     why = _WHY.get(-ret)
-    addr = walk.fail_start if ret in (-errno.EPERM, -EHWPOISON, -errno.ENOMEM) else None
-    return error(-ret, f"{what}: {why}" if why else what, addr=addr, mm=mm)
+    if ret in (-errno.EAGAIN, -errno.EBUSY):
+        why = f"[{walk.start:#x}, {walk.end:#x}) {why}"
+    addr = walk.fail_start if ret in (-errno.EPERM, -EHWPOISON, -errno.ENOMEM) else walk.start
+    return error(-ret, f"{what}: {why}" if why else what, addr=addr, mm=mm, hint=_HINTS.get(-ret))
 
 
 def _fault_error(mm: AddressSpace, what: str, addr: int) -> MirrorError:
@@ -109,7 +123,7 @@ def _fault_error(mm: AddressSpace, what: str, addr: int) -> MirrorError:
     elif vma.file:
         why, hint = "beyond the end of the file", "ftruncate() the file to the size of its mapping"
     else:
-        why, hint = "the page cannot be had", "see the vma, then go again"
+        why, hint = "the page cannot be had", "it may have changed just now: take a new sequence and go again"
     return error(errno.EFAULT, f"{what}: {why}", addr=addr, mm=mm, hint=hint)
 
 
@@ -144,7 +158,7 @@ def hmm_range_fault(
     """
     what = "hmm_range_fault"
     may_wait(what)
-    check_interval(what, start, end)
+    start, end = check_interval(what, start, end, mm=sub.mm)
     check_covers(sub, what, start, end)
     check_pfns(what, pfns, (end - start) >> PAGE_SHIFT)
     mm = sub.mm
@@ -178,8 +192,9 @@ def check_pfns(what: str, pfns: PfnArray, npages: int) -> None:
         and pfns.size == npages
     ):
         return
+    given = f"{pfns.dtype}[{pfns.size}]" if isinstance(pfns, np.ndarray) else type(pfns).__name__
     raise MirrorError(
         errno.EINVAL,
-        f"{what}: pfns is not a writable contiguous array of {npages} uint64",
+        f"{what}: a writable contiguous array of {npages} uint64 is wanted, not {given}",
         hint=f"np.zeros({npages}, np.uint64), one entry a 4 KiB page",
     )

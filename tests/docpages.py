@@ -30,6 +30,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "exam
 #: What differs from run to run, and machine to machine; all else that is shown must be what is printed.
 RULES = (
     (r"\b0x[0-9a-f]+\b", "0xADDRESS"),
+    (r"\b[0-9a-f]{8,}-[0-9a-f]{8,}(?= [r-][w-][x-][ps] )", "ADDRESS-ADDRESS"),  # a vma's
     (r"\b\d+(\.\d+)? (s|ms|µs|ns)\b", "TIME"),
     (r"\bLinux \d+\.\d+[^\s,]*", "Linux VERSION"),
 )

@@ -89,8 +89,9 @@ class IommuDomain(DmaDomain):
 
     def reserve(self, first: int, last: int) -> None:
         """Never give out [first, last], bytes. EBUSY when some of it is in use; ENOSPC beyond 64 windows."""
-        iovas = lib.pm_domain_iovas(self.native)
-        checked(lib.pm_iova_reserve(iovas, first, last), f"reserve {first:#x}-{last:#x}")
+        ret = lib.pm_iova_reserve(lib.pm_domain_iovas(self.native), first, last)
+        why, hint = _RESERVE.get(-ret, ("cannot be reserved", None))
+        checked(ret, f"reserve: [{first:#x}, {last:#x}] {why}", hint=hint)
 
     def iova_stats(self) -> dict[str, int]:
         """``struct pm_iova_stats``: what is given out, cached in magazines, reserved and unused."""
@@ -115,11 +116,18 @@ def domain_of(iommu: bool | DmaDomain) -> DmaDomain:
     return IommuDomain() if iommu else DirectDomain()
 
 
-def checked(ret: int, what: str) -> int:
+_RESERVE = {
+    errno.EBUSY: ("is in use", "unmap what domain.mappings() shows there first, or reserve before mapping"),
+    errno.EINVAL: ("is no interval", "give the first and the last byte, within 64 bits"),
+    errno.ENOSPC: ("is one window too many", "reserve fewer windows, larger ones"),
+}
+
+
+def checked(ret: int, what: str, hint: str | None = None) -> int:
     """check(), with the ESRCH of a forked child told in full."""
     if ret == -errno.ESRCH:
         raise inherited(what)
-    return check(ret, what)
+    return check(ret, what, hint=hint)
 
 
 def inherited(what: str) -> MirrorError:

@@ -60,7 +60,9 @@ def dma_get_required_mask(device: DmaDevice) -> int:
 def dma_set_max_seg_size(device: DmaDevice, size: int) -> None:
     """The bytes that a segment of a scatterlist may have at most."""
     if size <= 0:
-        raise MirrorError(errno.EINVAL, f"{device.name}: dma_set_max_seg_size: {size} bytes")
+        raise MirrorError(
+            errno.EINVAL, f"{device.name}: dma_set_max_seg_size: {size} bytes", hint="give 1 or more"
+        )
     device.max_segment_size = size
 
 

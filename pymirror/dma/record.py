@@ -46,6 +46,12 @@ class Site:
         return site
 
 
+_HINTS = {
+    errno.ENOSPC: "unmap something, or give the device a wider dma_mask or its domain a larger aperture",
+    errno.EBUSY: "take a fresh sequence number, fault the range and map it again",
+}
+
+
 class DmaMapping:
     """What a device may reach at ``iova``: ``npages`` pages, ``size`` bytes, in one ``direction``.
 
@@ -89,7 +95,12 @@ class DmaMapping:
         ret = lib.pm_dmap_create(options, made)
         if ret == -errno.EOPNOTSUPP:
             device._require_pfns(f"{device.name}: DMA without an IOMMU")
-        check(ret, f"{device.name}: DMA map")
+        check(
+            ret,
+            f"{device.name}: DMA map of {self.npages} pages",
+            addr=self.start or None,
+            hint=_HINTS.get(-ret),
+        )
         self.native = ffi.gc(made[0], lib.pm_dmap_put)
         info = self.info()
         self.iova: int = info.iova
