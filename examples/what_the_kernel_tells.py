@@ -21,7 +21,7 @@ class Printer(pm.MmuNotifier):
 
 
 def behind_its_back(name: str, *args: int) -> None:
-    """As another library in the process would call libc."""
+    """As another library would call libc."""
     if getattr(LIBC, name)(*map(ctypes.c_long, args)) == -1:
         raise OSError(ctypes.get_errno(), name)
 
@@ -38,11 +38,12 @@ with pm.AddressSpace() as mm:
     if (child := os.fork()) == 0:
         os._exit(0)
     os.waitpid(child, 0)
+    mm.sync()  # callbacks of what the kernel tells run in a thread of their own
 
     print("Calls behind its back: madvise before, munmap after the change, but before the call returns:")
     behind_its_back("madvise", buf.addr + 2 * PAGE, PAGE, mmap.MADV_DONTNEED)
     behind_its_back("munmap", buf.addr + 4 * PAGE, 2 * PAGE)
-    mm.sync()  # a thread of its own has run these callbacks
+    mm.sync()
 
     print("A hole in a file: nobody tells; found when page tables are compared, here by a snapshot:")
     dev = pm.Device("d0")

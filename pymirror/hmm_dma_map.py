@@ -169,7 +169,7 @@ def hmm_dma_map_alloc(
     reaches it by address, under the notifier's eyes. ``dma_entry_size`` is 4 KiB or 2 MiB.
 
     EOPNOTSUPP: the device would need bounce buffers. EINVAL: not aligned, empty, not inside the notifier.
-    ENOSPC: no IOVAs; ENOMEM; FeatureError without an IOMMU and PFNs.
+    ENOSPC: no IOVAs; ENOMEM; ESRCH: the mm is closed; FeatureError without an IOMMU and PFNs.
     """
     what = "hmm_dma_map_alloc"
     if dma_entry_size not in (PAGE_SIZE, 2 << 20):
@@ -181,6 +181,7 @@ def hmm_dma_map_alloc(
         )
     check_interval(what, start, start + nr_entries * dma_entry_size, dma_entry_size.bit_length() - 1)
     check_covers(notifier, what, start, start + nr_entries * dma_entry_size)
+    notifier.mm._check_here(what)
     dev._check_mirrorable(what)
     return HmmDmaMap(dev, notifier, start, nr_entries, dma_entry_size)
 
@@ -197,6 +198,7 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
     pages = map._pages(idx)
     if not (pages & np.uint64(HMM_PFN_VALID)).all():
         return DMA_MAPPING_ERROR
+    map.notifier.mm._check_pid("hmm_dma_map_pfn")
     if map.notifier.read_retry(seq):
         raise error(
             errno.EBUSY,

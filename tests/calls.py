@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from calls_dma import OWN_MEMORY, PARAMETERS, RANGES
 from mirroring import FAULT, PAGE, FaultDriver, filled
 from notifying import interval
 
@@ -33,6 +34,9 @@ COUNTED = (
     "subs",
     "watched_bytes",
 )
+
+
+DOMAINS = ("DmaDomain", "IommuDomain", "DirectDomain")
 
 
 class World:
@@ -62,31 +66,14 @@ class World:
         self.sgl = pm.sg_list(self.content[:8])
         self.mapping = self.domain.mappings()[0]
         self.dma_map = pm.hmm_dma_map_alloc(self.device, self.sub, self.start, 4)
+        pm.hmm_range_fault(
+            self.sub, self.start, self.end, self.dma_map.pfn_list, default_flags=FAULT, seq=self.sub_seq
+        )
         self.buffer = pm.FaultBuffer()
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
         self.held = mm.mmap(2 * PAGE)
         self.pin, self.other_pin = (pm.pin_user_pages(mm, self.held.addr, 2) for _ in range(2))
-
-    def unmap(self, addr: int) -> None:
-        assert not pm.dma_mapping_error(self.device, addr)
-        pm.dma_unmap_single(self.device, addr, 8, pm.DMA_TO_DEVICE)
-
-    def unmap_sg(self, count: int) -> None:
-        assert count == 1
-        pm.dma_unmap_sg(self.device, self.sgl, 1, pm.DMA_TO_DEVICE)
-
-    def sync(self, call: Callable[[pm.Device, int, int, int], None]) -> None:
-        addr = pm.dma_map_single(self.device, self.content, 8, pm.DMA_TO_DEVICE)
-        call(self.device, addr, 8, pm.DMA_TO_DEVICE)
-        self.unmap(addr)
-
-    def free(self, cpu: memoryview, addr: int) -> None:
-        pm.dma_free_coherent(self.device, 8, cpu, addr)
-
-    def free_iova(self, state: pm.DmaIovaState | None) -> None:
-        assert state is not None
-        pm.dma_iova_free(self.device, state)
 
     def bounce(self) -> None:
         slots = self.device.swiotlb.alloc(8)
@@ -280,24 +267,25 @@ CALLS = [
         for name in ("domain", "swiotlb", "coherent_dma_mask", "dma_errors")
     ),
     Call("Device.release", lambda w: w.device.release(), child=SRCH),
-    Call("dma_map_single", lambda w: w.unmap(pm.dma_map_single(w.device, w.content, 8, 1)), child=SRCH),
-    Call("dma_map_sg", lambda w: w.unmap_sg(pm.dma_map_sg(w.device, w.sgl, 1, 1)), child=SRCH),
-    Call("dma_sync_single_for_cpu", lambda w: w.sync(pm.dma_sync_single_for_cpu), child=SRCH),
-    Call("dma_sync_single_for_device", lambda w: w.sync(pm.dma_sync_single_for_device), child=SRCH),
-    Call("dma_alloc_coherent", lambda w: w.free(*pm.dma_alloc_coherent(w.device, 8)), child=SRCH),
-    Call("dma_iova_try_alloc", lambda w: w.free_iova(pm.dma_iova_try_alloc(w.device, 8)), child=SRCH),
+    *(Call(name, run, child=SRCH) for name, run in OWN_MEMORY.items()),
+    *(_looks(name, run) for name, run in PARAMETERS.items()),
+    *(Call(name, run, closed=closed, child=child) for name, (run, closed, child) in RANGES.items()),
+    _looks("hmm_pfn_to_pfn", lambda w: pm.hmm_pfn_to_pfn(w.rng.pfns)),
+    _looks("hmm_pfn_to_map_order", lambda w: pm.hmm_pfn_to_map_order(w.rng.pfns)),
     *(_looks(f"SwiotlbPool.{name}", lambda w: w.bounce()) for name in ("alloc", "free")),
     _looks("SwiotlbPool.owns", lambda w: w.device.swiotlb.owns(0)),
     _looks("SwiotlbPool.bus_last", lambda w: w.device.swiotlb.bus_last),
     _maps("hmm_range_dma_map", lambda w: pm.hmm_range_dma_map(w.rng, w.device)),
     *(
         _looks(f"{domain}.{name}", lambda w, name=name: getattr(w.domain, name))  # type: ignore[misc]
-        for domain in ("DmaDomain", "IommuDomain", "DirectDomain")
-        for name in ("mappings", "mapping_of", "new_cookie", "remember", "forget", "iommu")
+        for domain in DOMAINS
+        for name in ("new_cookie", "remember", "forget", "iommu")
     ),
+    *(_looks(f"{domain}.mappings", lambda w: w.domain.mappings()) for domain in DOMAINS),
+    *(_looks(f"{domain}.mapping_of", lambda w: w.domain.mapping_of(w.mapping.cookie)) for domain in DOMAINS),
     *(
         Call(f"{domain}.{name}", lambda w, name=name: getattr(w.domain, name)(), child=SRCH)  # type: ignore[misc]
-        for domain in ("DmaDomain", "IommuDomain", "DirectDomain")
+        for domain in DOMAINS
         for name in ("stats", "flush")
     ),
     Call("IommuDomain.iova_stats", lambda w: w.domain.iova_stats(), child=SRCH),
