@@ -87,6 +87,7 @@ static int look_again(const struct look *look)
 static int pin_between_looks(struct look *look, pm_pin **ret)
 {
     struct pm_pinning *pinning = look->pinning;
+    pm_pin *pin;
     int err = pm_sub_read_begin(look->sub, begin_limit_ns, &look->seq);
 
     if (!err)
@@ -98,12 +99,15 @@ static int pin_between_looks(struct look *look, pm_pin **ret)
         if (pinning->changed_start != pinning->changed_end)
             return -EAGAIN;
     }
-    err = pm_pin_make(look->mm, pinning->start, pinning->npages, ret);
+    err = pm_pin_make(look->mm, pinning->start, pinning->npages, &pin);
     if (err)
         return err;
+    pm_point(PM_POINT_PIN_PINNED);
     err = look_again(look);
     if (err)
-        pm_pin_put(*ret);
+        pm_pin_put(pin);
+    else
+        *ret = pin;
     return err;
 }
 

@@ -299,11 +299,14 @@ static int try_io_uring(struct probe *probe)
     if (!n) {
         n = pm_sys_io_uring_register(fd, PM_ABI_IORING_REGISTER_BUFFERS_UPDATE, &add, sizeof(add));
         pm_sys_io_uring_register(fd, PM_ABI_IORING_UNREGISTER_BUFFERS, NULL, 0);
+        if (n != 1 && n >= 0)
+            n = -EOPNOTSUPP;
     }
+    /* Nothing to submit: is it permitted? */
+    if (n > 0)
+        n = pm_sys_io_uring_enter(fd, 0, 0, 0, NULL, 0);
     pm_sys_close(fd);
-    if (n < 0)
-        return n;
-    return n == 1 ? 0 : -EOPNOTSUPP;
+    return n;
 }
 
 static int (*const probes[PM_FEAT_COUNT])(struct probe *) = {

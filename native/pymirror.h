@@ -736,6 +736,7 @@ enum pm_point {
     PM_POINT_FORK_PREPARE,
     PM_POINT_FORK_PARENT,
     PM_POINT_REMOVE_LINGER, /* a REMOVE is about to be declared over; the lock is not held */
+    PM_POINT_PIN_PINNED,    /* pinned, the page table is not looked at again yet */
     PM_POINT_PIN_PIECE,     /* a piece of an access through a pin is about to be copied; no lock is held */
     PM_POINT_COUNT
 };

@@ -11,7 +11,10 @@
 
 #include "internal.h"
 
-enum { PM_RING_SLOTS = PM_ABI_IORING_MAX_BUFFERS };
+enum {
+    PM_RING_SLOTS = PM_ABI_IORING_MAX_BUFFERS,
+    PM_STAGE_SIZE = 256 * 1024, /* in the second-level cache between the two copies */
+};
 
 struct pm_ring {
     uint64_t map, map_len, sqes_map, sqes_len;
@@ -38,8 +41,8 @@ void pm_ring_close(struct pm_mm *mm);
 int pm_ring_register(struct pm_mm *mm, uint64_t addr, uint64_t len, uint32_t *slot);
 /* Drop it. The slot is the caller's no more, whatever comes back. */
 int pm_ring_drop(struct pm_mm *mm, uint32_t slot);
-/* Copy up to len bytes between the buffer, at the address it was registered by, and buf. Bytes done, or a
- * negative errno. */
+/* transfer.c: copy up to len bytes between the buffer, at the address it was registered by, and buf. Bytes
+ * done, or a negative errno. */
 int64_t pm_ring_copy(struct pm_mm *mm, uint32_t slot, uint64_t addr, void *buf, uint64_t len, bool write);
 
 #endif

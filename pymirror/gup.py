@@ -46,6 +46,7 @@ class PinnedPages(RangeBase):
 
     __slots__ = (
         "__weakref__",
+        "_held",
         "_native",
         "_pfns",
         "end",
@@ -56,15 +57,16 @@ class PinnedPages(RangeBase):
         "unpinned_at",
     )
 
-    def __init__(self, mm: AddressSpace, start: int, npages: int, native: Any, pfns: PfnArray) -> None:
-        """Not for users: pin_user_pages() makes them."""
+    def __init__(self, mm: AddressSpace, start: int, npages: int, held: Any, pfns: PfnArray) -> None:
+        """Not for users: pin_user_pages() makes them, with a ``pm_pin **`` that puts its pin in the end."""
         self.mm = mm
         self.start = start
         self.end = start + npages * PAGE_SIZE
         self.npages = npages
         self.pinned_at = caller()
         self.unpinned_at: str | None = None
-        self._native = native
+        self._held = held
+        self._native = held[0]
         self._pfns = pfns
         pfns.flags.writeable = False
         mm._pins.add(self)
@@ -208,8 +210,7 @@ def pin_user_pages(
     start, npages, flags = operator.index(start), operator.index(npages), operator.index(flags)
     check_flags(what, flags)
     check_interval(what, start, start + npages * PAGE_SIZE, mm=mm)
-    native, pfns = pin_pages(mm, what, start, npages)
-    return PinnedPages(mm, start, npages, native, pfns)
+    return PinnedPages(mm, start, npages, *pin_pages(mm, what, start, npages))
 
 
 def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
@@ -224,8 +225,11 @@ def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
     """
     what = "unpin_user_pages"
     pin._check(what)
+    # First, since Ctrl-C may strike right after the call: nobody is to unpin it once more.
+    pin.unpinned_at = caller()
     ret = lib.pm_pin_release(pin._native)
     if ret == -errno.EBUSY:
+        pin.unpinned_at = None
         raise MirrorError(
             errno.EBUSY,
             f"{what}: {pin!r} is mapped for DMA still; pinned at {pin.pinned_at}",
@@ -233,11 +237,10 @@ def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
             hint="gup_range_dma_unmap() it for every device first",
         )
     if ret in (-errno.EALREADY, -errno.ESRCH):
-        pin._check(what)
+        pin.mm._check_here(what)
         raise MirrorError(
             errno.EINVAL, f"{what}: another thread unpins {pin!r}", addr=pin.start, hint="unpin once"
         )
-    pin.unpinned_at = caller()
     pin.mm._pins.discard(pin)
     if dirty:
         pin.mm._pins.dirtied += pin.npages

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""How pages get pinned: who must be told, which pages they are, and why it failed."""
+"""How pages get pinned: who must be told, which pages they are, and why it failed.
+
+What native code makes is put back by a holder that is there before: Ctrl-C may strike right after the call.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ _HELD = HMM_PFN_VALID | HMM_PFN_WRITE
 
 
 def pin_pages(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any, PfnArray]:
-    """The ``pm_pin *`` and the pfns of the pages that it holds."""
+    """A ``pm_pin **`` that holds the pin, and the pfns of its pages."""
     with mm._operation(what, write=False):
         mm.features.require("io_uring", what)
         if npages > _LOOK_FIRST:
@@ -66,18 +69,17 @@ class _Pinning:
         self._request = ffi.new("struct pm_pinning *")
         self._request.start, self._request.npages = start, npages
         self._request.pfns = ffi.from_buffer("uint64_t[]", self.pfns)
-        self._made = ffi.new("pm_pin **")
+        self._held = _holder()
 
     def pin(self) -> tuple[Any, PfnArray]:
         for _ in range(_ATTEMPTS):
             ret = self._attempt()
             changed = self._request.changed_start, self._request.changed_end
             if ret == 0:
-                native = ffi.gc(self._made[0], lib.pm_pin_put)
                 if changed[0] != changed[1]:
                     # The kernel moved them out of a movable zone.
                     detected(self.mm, *changed)
-                return native, self.pfns
+                return self._held, self.pfns
             if ret == -errno.EAGAIN and changed[0] != changed[1]:
                 self._replace(*changed)
             elif ret != -errno.EBUSY:
@@ -92,7 +94,7 @@ class _Pinning:
 
     def _attempt(self) -> int:
         deadline = time.monotonic() + _WAIT_S
-        while (ret := int(lib.pm_pin_create(self.mm.native, self._request, self._made))) == -errno.EINTR:
+        while (ret := int(lib.pm_pin_create(self.mm.native, self._request, self._held))) == -errno.EINTR:
             if time.monotonic() > deadline:
                 return -errno.ETIMEDOUT
         return ret
@@ -109,22 +111,30 @@ class _Pinning:
 def _pin_unseen(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any, PfnArray]:
     """Without the page table nobody knows what is shared: all of it is announced."""
     with mm._invalidation(start, start + npages * PAGE_SIZE, Event.CLEAR):
-        native = _native_pin(mm, what, start, npages)
-    return native, np.full(npages, _HELD, np.uint64)
+        held = _native_pin(mm, what, start, npages)
+    return held, np.full(npages, _HELD, np.uint64)
 
 
 def _native_pin(mm: AddressSpace, what: str, start: int, npages: int) -> Any:
-    made = ffi.new("pm_pin **")
-    ret = lib.pm_pin_create(
-        mm.native, ffi.new("struct pm_pinning *", {"start": start, "npages": npages}), made
-    )
+    held = _holder()
+    request = ffi.new("struct pm_pinning *", {"start": start, "npages": npages})
+    ret = lib.pm_pin_create(mm.native, request, held)
     if ret < 0:
         raise _failure(mm, what, ret, start, start + npages * PAGE_SIZE)
-    return ffi.gc(made[0], lib.pm_pin_put)
+    return held
 
 
 def _pin_and_forget(mm: AddressSpace, what: str, start: int, end: int) -> None:
     ffi.release(_native_pin(mm, what, start, (end - start) >> PAGE_SHIFT))
+
+
+def _holder() -> Any:
+    return ffi.gc(ffi.new("pm_pin **"), _put)
+
+
+def _put(held: Any, null: Any = ffi.NULL, put: Any = lib.pm_pin_put) -> None:
+    if held[0] != null:
+        put(held[0])
 
 
 def _failure(mm: AddressSpace, what: str, ret: int, start: int, end: int) -> MirrorError:

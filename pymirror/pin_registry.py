@@ -32,7 +32,7 @@ class PinRegistry:
 
     def live(self) -> list[PinnedPages]:
         """In order of address."""
-        return sorted(self._live, key=lambda pin: pin.start)
+        return sorted((pin for pin in self._live if pin.unpinned_at is None), key=lambda pin: pin.start)
 
     def report_leaks(self) -> None:
         """For each pin that close() is about to take back: who made it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pinning import FLAGS, kept, pins_of_the_kernel
 from seams import Background, errno_of, foreign, needs, points
 
 import pymirror as pm
+from pymirror._shim import lib
 
 HUGE = 2 << 20
 
@@ -370,9 +372,7 @@ class TestTheEnd:
 
 
 class TestRaces:
-    def test_memory_exchanged_between_the_looks_is_pinned_anew(
-        self, mm: pm.AddressSpace, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_memory_exchanged_before_it_is_pinned_is_looked_at_anew(self, mm: pm.AddressSpace) -> None:
         """The pfns are of the pages that are pinned, though a foreign munmap came in between."""
         needs("pfn", "uffd_events")
         buf = filled(mm, 2)
@@ -387,6 +387,75 @@ class TestRaces:
         buf[0:3] = b"cpu"
         assert pin.read(0, 3) == b"cpu"
         pm.unpin_user_pages(pin)
+
+    @pytest.mark.parametrize("change", ["dontneed", "munmap"])
+    def test_memory_exchanged_after_it_was_pinned_is_let_go(self, mm: pm.AddressSpace, change: str) -> None:
+        needs("pagemap", "uffd_events")
+        buf = filled(mm, 2)
+        before = kept()
+        with points("PIN_PINNED") as point:
+            pinning = Background(pm.pin_user_pages, mm, buf.addr, 2)
+            point.wait()
+            assert kept() == before + 2 * PAGE
+            if change == "munmap":
+                foreign.munmap(buf.addr, 2 * PAGE)
+            else:
+                foreign.madvise(buf.addr, 2 * PAGE, mmap.MADV_DONTNEED)
+            point.release()
+            if change == "munmap":
+                assert errno_of(pinning.result) == errno.EFAULT
+            else:
+                with pinning.result() as pin:
+                    buf[0:3] = b"cpu"
+                    assert pin.read(0, 3) == b"cpu"
+        assert kept() == before
+
+    def test_pages_that_the_kernel_moved_are_reported_as_detected(
+        self, mm: pm.AddressSpace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Out of a movable zone, of which a machine like this has none: the native call is made to say so."""
+        buf = filled(mm, 4)
+        second = buf.addr + PAGE
+
+        class Moving:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(lib, name)
+
+            def pm_pin_create(self, native: Any, request: Any, made: Any) -> int:
+                ret = int(lib.pm_pin_create(native, request, made))
+                request.changed_start, request.changed_end = second, second + PAGE
+                return ret
+
+        needs("pagemap")
+        monkeypatch.setattr("pymirror.gup_pinning.lib", Moving())
+        with (
+            Driver(mm) as driver,
+            driver.range(buf.addr, buf.addr + buf.size),
+            pm.pin_user_pages(mm, buf.addr, 4),
+        ):
+            assert [(u.start, u.end, u.guarantee) for u in driver.updates] == [
+                (second, second + PAGE, pm.Guarantee.DETECTED)
+            ]
+
+    def test_ctrl_c_leaves_no_pin(self, mm: pm.AddressSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Right after the native call has made it."""
+        buf = filled(mm, 1)
+        before = kept()
+
+        class Struck:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(lib, name)
+
+            def pm_pin_create(self, *args: Any) -> int:
+                assert lib.pm_pin_create(*args) == 0
+                assert kept() > before
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr("pymirror.gup_pinning.lib", Struck())
+        with pytest.raises(KeyboardInterrupt):
+            pm.pin_user_pages(mm, buf.addr, 1)
+        gc.collect()
+        assert (kept(), mm.stats()["pins"]) == (before, 0)
 
     def test_it_waits_for_an_invalidation_and_gives_up(self, mm: pm.AddressSpace) -> None:
         buf = filled(mm, 1)
