@@ -169,7 +169,7 @@ class Device(DmaDevice):
         self._handler = handler
 
     def read(self, mm: AddressSpace, addr: int, n: int) -> bytes:
-        """Read n bytes at addr. See read_into() for the errors; that one copies once less."""
+        """Read n bytes at addr. Errors as read_into(); that one copies once less."""
         check_access(mm, f"{self.name}: read", addr, n)
         into = bytearray(n)
         self.read_into(mm, addr, into)
@@ -180,7 +180,8 @@ class Device(DmaDevice):
 
         EFAULT: no handler, or the memory is not there. EPERM from the handler. StaleAccessError: the driver
         did not clear an entry. ETIMEDOUT: no progress for fault_timeout. EDEADLK in a callback or under a
-        driver lock. What was read before an error stands in the buffer.
+        driver lock. EINVAL: beyond the address space. ESRCH: the mm is closed, or another process's. EXDEV:
+        the table has entries of another mm. What was read before an error stands in the buffer.
         """
         self._access(mm, addr, ffi.from_buffer(buffer, require_writable=True), False)
 

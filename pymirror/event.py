@@ -45,6 +45,7 @@ class Guarantee(StrEnum):
 
     @classmethod
     def from_native(cls, number: int) -> Guarantee:
+        """The guarantee of a number of ``enum pm_guarantee``."""
         return _BY_NUMBER[number]
 
 

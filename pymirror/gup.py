@@ -73,6 +73,7 @@ class PinnedPages(RangeBase):
 
     @property
     def pfns(self) -> PfnArray:
+        """The pages as they were pinned: uint64, one HMM pfn a 4 KiB page, read-only."""
         return self._pfns
 
     @property

@@ -55,6 +55,7 @@ class HmmDmaMap:
 
     @property
     def iova(self) -> int:
+        """The DMA address of the first entry; 0 without an IOMMU, where each page has one of its own."""
         return self._whole.iova if self._whole is not None else 0
 
     @property

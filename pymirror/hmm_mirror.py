@@ -98,7 +98,7 @@ class Mirror(MmuNotifier):
     """
 
     def __init__(self, mm: AddressSpace) -> None:
-        """hmm_mirror_register(). EFAULT on a closed mm; EDEADLK in a callback."""
+        """hmm_mirror_register(). EFAULT on a closed mm; ESRCH in a forked child; EDEADLK in a callback."""
         not_in_callback("Mirror")
         self.lock = DriverLock(f"{type(self).__name__}.lock")
         self._hmm: Hmm | None = Hmm.get(mm)
@@ -142,7 +142,8 @@ class Mirror(MmuNotifier):
     def mm_down_read(self, timeout: float | None = None) -> Iterator[None]:
         """hmm_mirror_mm_down_read() and _up_read(), as the series proposed them: the mmap lock, for reading.
 
-        EINVAL when the mm is being torn down or the mirror is unregistered; else as AddressSpace.read_lock().
+        EINVAL when the mm is being torn down or the mirror is unregistered; ESRCH in a forked child; EDEADLK
+        and ETIMEDOUT as AddressSpace.read_lock().
         """
         self.mm._check_pid("mm_down_read")
         if not self.mm_is_alive():
@@ -166,14 +167,18 @@ class Mirror(MmuNotifier):
     ) -> Range:
         """A Range over [start, end) bytes, not yet registered: use it as a context manager, or register() it.
 
-        EINVAL: not aligned, empty, reversed, beyond the address space. With ``page_shift=21`` an entry of
-        ``pfns`` is a 2 MiB page, of hugetlb memory only. ``flags``, ``values`` and ``pfn_shift``, all three
-        or none, select the driver's own entries: see PfnEncoding.
+        With ``page_shift=21`` an entry of ``pfns`` is a 2 MiB page, of hugetlb memory only. ``flags``,
+        ``values`` and ``pfn_shift``, all three or none, select the driver's own entries: see PfnEncoding.
+
+        EINVAL: not aligned, empty, reversed, beyond the address space. EDEADLK in a callback.
         """
         not_in_callback("Mirror.range")
         return Range(self, start, end, page_shift, encoding_of(flags, values, pfn_shift))
 
     def unregister(self, timeout: float = REMOVE_TIMEOUT) -> None:
-        """hmm_mirror_unregister(): no callback runs after it. Idempotent. Errors as MmuNotifier's."""
+        """hmm_mirror_unregister(): no callback runs after it. Idempotent.
+
+        ETIMEDOUT, EDEADLK as MmuNotifier.unregister().
+        """
         super().unregister(timeout)
         self._hmm = None

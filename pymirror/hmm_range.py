@@ -124,6 +124,10 @@ class Range(RangeBase):
 
     @property
     def pfns(self) -> PfnArray:
+        """uint64, an entry a page of ``1 << page_shift`` bytes: requests of fault() in, what was found out.
+
+        Assigning copies into it: ``rng.pfns = HMM_PFN_REQ_FAULT`` asks for every page.
+        """
         return self._pfns
 
     @pfns.setter
@@ -132,6 +136,7 @@ class Range(RangeBase):
 
     @property
     def default_flags(self) -> int:
+        """What is asked for of every page, in the range's bits: HMM_PFN_REQ_FAULT and _WRITE, or 0."""
         return int((self._form or self._walk).default_flags)
 
     @default_flags.setter
@@ -140,6 +145,7 @@ class Range(RangeBase):
 
     @property
     def pfn_flags_mask(self) -> int:
+        """Which bits of each entry of ``pfns`` count as a request too: 0 for none, all ones at first."""
         return int((self._form or self._walk).pfn_flags_mask)
 
     @pfn_flags_mask.setter
@@ -153,10 +159,12 @@ class Range(RangeBase):
 
     @property
     def seq(self) -> int:
+        """The sequence number of the last wait_until_valid(), or register(); 0 before."""
         return self._seq
 
     @property
     def registered(self) -> bool:
+        """Between register() and unregister(); the end of the mm does not change it."""
         return self._registered
 
     @property
@@ -188,7 +196,7 @@ class Range(RangeBase):
         """hmm_range_register(): from here on invalidations make the range invalid. Idempotent.
 
         The vmas of the range are watched, and it is valid unless an invalidation runs. EFAULT when the mm is
-        closed or the mirror unregistered; EDEADLK in a callback.
+        closed or the mirror unregistered; ESRCH in a forked child; EDEADLK in a callback.
         """
         not_in_callback("Range.register")
         if self._registered:
@@ -223,7 +231,8 @@ class Range(RangeBase):
         """hmm_range_wait_until_valid(): wait until no invalidation overlaps, and count from that moment on.
 
         True; False when the mm is gone. ETIMEDOUT after `timeout` seconds (None: no limit; Ctrl-C ends every
-        wait). EDEADLK in a callback and under a driver lock; EINVAL when not registered.
+        wait). EDEADLK in a callback and under a driver lock; EINVAL when not registered; ESRCH in a forked
+        child.
         """
         may_wait("wait_until_valid")
         self._check_registered("wait_until_valid")
@@ -250,9 +259,10 @@ class Range(RangeBase):
     def fault(self, block: bool = True) -> int:
         """hmm_range_fault(): fault what ``default_flags`` and ``pfns`` ask for and is absent.
 
-        Returns the sequence number. As snapshot(), and: EAGAIN also if ``block`` is false and it would have
-        to wait; EPERM: a write to a read-only vma. One native call, one system call for each run of absent
-        pages.
+        Returns the sequence number. EAGAIN: invalid when called, or ``block`` is false and it would have to
+        wait. EBUSY: invalidated meanwhile. EFAULT: a page asked for is in a hole, unreadable or special, or
+        the mm is gone. EPERM: a write to a read-only vma. EINVAL, ENOMEM. EDEADLK in a callback and under a
+        driver lock. One native call, one system call for each run of absent pages.
         """
         return self._look("fault", FAULT if block else FAULT_NOBLOCK)
 

@@ -22,7 +22,7 @@ _ALL = (1 << 64) - 1
 
 
 def hmm_range_snapshot(rng: Range) -> int:
-    """hmm_range_snapshot(): Range.snapshot()."""
+    """hmm_range_snapshot(): Range.snapshot(). Errors as Range.snapshot()."""
     return rng.snapshot()
 
 
@@ -31,7 +31,8 @@ def hmm_vma_fault(rng: Range, block: bool = True) -> int:
 
     ``default_flags`` becomes 0 and ``pfn_flags_mask`` all ones, as in the kernel. Returns the sequence number
     and leaves the range registered; end with hmm_vma_range_done(). EBUSY: invalidated meanwhile, or not valid
-    within HMM_RANGE_DEFAULT_TIMEOUT; EAGAIN: it would wait and ``block`` is false; else as Range.fault().
+    within HMM_RANGE_DEFAULT_TIMEOUT; EAGAIN: it would wait and ``block`` is false; EDEADLK in a callback and
+    under a driver lock; else as Range.fault().
     After an error the range is registered only if it was before.
     """
     may_wait("hmm_vma_fault")
@@ -60,7 +61,10 @@ def hmm_vma_fault(rng: Range, block: bool = True) -> int:
 
 
 def hmm_vma_range_done(rng: Range) -> bool:
-    """hmm_vma_range_done(): whether the range is valid still, under the driver's lock; and unregister it."""
+    """hmm_vma_range_done(): whether the range is valid still, under the driver's lock; and unregister it.
+
+    EDEADLK in a callback.
+    """
     stands = rng.valid
     rng.unregister()
     return stands

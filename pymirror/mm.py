@@ -55,8 +55,8 @@ class AddressSpace(MemoryOperations):
     their mm alive, so they are garbage with it. In a forked child every call raises ESRCH, and close() does
     nothing.
 
-    ``native`` is the ``pm_mm *``, ``notifiers`` the NotifierSet, ``pid`` the process it belongs to,
-    ``errors`` the last 256 CallbackErrors.
+    ``features`` are the Features that were found, ``errors`` the last 256 CallbackErrors, ``pid`` the process
+    it belongs to, ``native`` the ``pm_mm *``, ``notifiers`` the NotifierSet.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class AddressSpace(MemoryOperations):
 
     @property
     def closed(self) -> bool:
+        """Whether close() is over. Other calls answer ESRCH from its beginning on."""
         return self._closed
 
     def sync(self, timeout: float = 10.0) -> None:
@@ -110,7 +111,10 @@ class AddressSpace(MemoryOperations):
         return dump(self)
 
     def stats(self) -> dict[str, Any]:
-        """Counters: those of ``struct pm_mm_stats`` (events by name), of the notifiers and of the Regions."""
+        """Counters: those of ``struct pm_mm_stats`` (events by name), of notifiers, Regions and pins.
+
+        Names that end in _bytes are bytes, others times or things. For callbacks too. ESRCH in a child.
+        """
         self._check_pid("stats")
         raw = ffi.new("struct pm_mm_stats *")
         check(lib.pm_mm_stats(self.native, raw), "stats")

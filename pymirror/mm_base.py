@@ -55,17 +55,23 @@ class MmBase:
             yield
 
     def vmas(self, start: int = 0, end: int | None = None) -> Iterator[Vma]:
-        """The vmas that overlap [start, end), in order. Hold read_lock() for a consistent picture."""
+        """The vmas that overlap [start, end), in order. Hold read_lock() for a consistent picture.
+
+        ESRCH; EDEADLK in a callback.
+        """
         self._check("vmas")
         return self._walk(start, USER_END if end is None else end)
 
     def find_vma(self, addr: int) -> Vma | None:
-        """The vma that holds addr, or the first above it, or None (find_vma())."""
+        """The vma that holds addr, or the first above it, or None (find_vma()).
+
+        ESRCH; EDEADLK in a callback.
+        """
         self._check("find_vma")
         return find_vma(self.native, addr) if 0 <= addr < USER_END else None
 
     def vma_lookup(self, addr: int) -> Vma | None:
-        """The vma that holds addr, or None (vma_lookup())."""
+        """The vma that holds addr, or None (vma_lookup()). ESRCH; EDEADLK in a callback."""
         vma = self.find_vma(addr)
         return vma if vma is not None and addr in vma else None
 
@@ -84,7 +90,7 @@ class MmBase:
 
         On entry device entries are fenced and the callbacks have run in this thread; read_begin() waits
         until the exit. ``end`` up to 1 << 64. With ``blockable`` false a callback may refuse: EAGAIN, and
-        the body does not run. EINVAL; EDEADLK in a callback and under a driver lock.
+        the body does not run. EINVAL; ESRCH; EDEADLK in a callback and under a driver lock.
         """
         self._check("invalidate")
         not_under_driver_lock("invalidate")
@@ -101,7 +107,7 @@ class MmBase:
 
         Idempotent; gives how many bytes of it are watched now. Vmas that cannot be watched are passed over,
         and mappings of files unless ``files`` (watching switches their fault-around off). 0 where
-        userfaultfd is missing. EINVAL; EDEADLK in a callback.
+        userfaultfd is missing. EINVAL; ESRCH; EDEADLK in a callback.
         """
         self._check("watch")
         start, end = check_pages(self, "watch", start, end)

@@ -85,6 +85,7 @@ class MmuNotifier:
 
     @property
     def registered(self) -> bool:
+        """Whether callbacks may run: not unregistered, and the mm is not released."""
         return self._state == State.REGISTERED and not self.__notifiers.released
 
     def unregister(self, timeout: float = REMOVE_TIMEOUT) -> None:
@@ -103,12 +104,10 @@ class IntervalNotifier:
     Callbacks are given as functions or overridden as methods:
 
     * ``invalidate(sub, range, cur_seq)``: under the driver's lock call ``sub.set_seq(cur_seq)`` and take the
-    interval
-      off the device. False only when ``range.blockable`` is false and it would have to wait.
+      interval off the device. False only when ``range.blockable`` is false and it would have to wait.
     * or in two passes, for devices that can flush in parallel: ``invalidate_start(sub, range, cur_seq)``
-    begins and returns
-      anything that ``invalidate_finish(finish)`` ends, or None when it is done. All starts of a delivery run
-      first.
+      begins and returns anything that ``invalidate_finish(finish)`` ends, or None when it is done. All starts
+      of a delivery run first.
 
     The registry keeps it alive until remove() or the end of the mm.
     """
@@ -185,6 +184,7 @@ class IntervalNotifier:
 
     @property
     def two_pass(self) -> bool:
+        """Whether its callbacks are a pair, ``invalidate_start`` and ``invalidate_finish``."""
         return self._begin is not None or type(self).invalidate_start is not IntervalNotifier.invalidate_start
 
     @property
@@ -193,14 +193,17 @@ class IntervalNotifier:
         return self.length < _WATCH_LIMIT
 
     def invalidate(self, range: MmuNotifierRange, cur_seq: int) -> Any:
+        """mmu_interval_notifier_ops.invalidate: override it, or give a function, which this calls."""
         assert self._invalidate is not None
         return self._invalidate(self, range, cur_seq)
 
     def invalidate_start(self, range: MmuNotifierRange, cur_seq: int) -> Any:
+        """The first pass: begin, and return what invalidate_finish() needs; None when it is done."""
         assert self._begin is not None
         return self._begin(self, range, cur_seq)
 
     def invalidate_finish(self, finish: Any) -> None:
+        """The second pass, after every notifier has begun: wait for what invalidate_start() returned."""
         assert self._finish is not None
         self._finish(finish)
 

@@ -63,7 +63,8 @@ class MemoryOperations(MmBase):
         rounded up to them.
 
         EINVAL; ENOMEM (no memory, or no hugetlb pages: the message has the command); EACCES, ENODEV, EBADF
-        of mmap(2).
+        of mmap(2). This and the other operations are ESRCH once the mm is closed, and in a forked child, and
+        EDEADLK in a callback, under a driver lock and under the thread's own read_lock().
         """
         size, offset = check_mmap(operator.index(size), operator.index(offset), fd, huge)
         with self._operation("mmap"), ExitStack() as undo:
@@ -93,7 +94,8 @@ class MemoryOperations(MmBase):
 
         A buffer export is held until it is closed or collected. Several adoptions may overlap. From here on
         munmap(), madvise(), mremap() and oom_reap() refuse to throw its contents away (EBUSY) unless they
-        are given ``force=True``. EINVAL: no buffer, not contiguous, or no whole page in it.
+        are given ``force=True``. EINVAL: no buffer, not contiguous, or no whole page in it. ESRCH; EDEADLK in
+        a callback.
         """
         self._check("adopt")
         adopted = Adopted(cast("AddressSpace", self), buffer)
@@ -104,7 +106,7 @@ class MemoryOperations(MmBase):
         """Unmap [addr, addr + size), whatever is there, as munmap(2): event UNMAP. Views of it then fault.
 
         EINVAL; EBUSY (adopted memory, without ``force``); ENOMEM (a vma would have to be split and the
-        process has too many).
+        process has too many). ESRCH, EDEADLK as mmap().
         """
         start, end = affected.check_span(self, "munmap", addr, size)
         with self._operation("munmap"):
@@ -115,7 +117,8 @@ class MemoryOperations(MmBase):
     def mprotect(self, addr: int, size: int, prot: int) -> None:
         """Set the protection, as mprotect(2): event PROTECTION_VMA over each vma whose protection changes.
 
-        EINVAL; ENOMEM at a hole, after what precedes it was changed, as the kernel has it; EACCES.
+        EINVAL; ENOMEM at a hole, after what precedes it was changed, as the kernel has it; EACCES. ESRCH,
+        EDEADLK as mmap().
         """
         start, end = affected.check_span(self, "mprotect", addr, size)
         prot = operator.index(prot)
@@ -134,7 +137,8 @@ class MemoryOperations(MmBase):
         """Give advice, as madvise(2): event CLEAR if it zaps or exchanges pages, else no event.
 
         EINVAL; EBUSY where the contents of adopted memory would be lost, without ``force``; ENOMEM where
-        part of it is a hole, after the rest was done; EACCES, EAGAIN, EBUSY of madvise(2).
+        part of it is a hole, after the rest was done; EACCES, EAGAIN, EBUSY of madvise(2). ESRCH, EDEADLK as
+        mmap().
         """
         start, end = affected.check_span(self, "madvise", addr, size)
         advice = operator.index(advice)
@@ -163,7 +167,7 @@ class MemoryOperations(MmBase):
         memory again.
 
         EINVAL; EFAULT (a hole); ENOMEM (no room, or it may not move); EBUSY where the old place or the
-        target holds adopted memory, without ``force``.
+        target holds adopted memory, without ``force``. ESRCH, EDEADLK as mmap().
         """
         old = affected.check_span(self, "mremap", addr, old_size, empty=True)
         new_size, target = affected.check_mremap(self, old, new_size, flags, new_addr)
@@ -180,7 +184,8 @@ class MemoryOperations(MmBase):
         False or -EAGAIN, and that vma is passed over. What is reaped reads as zeroes, or as the file has it;
         shared, hugetlb and special memory is left alone.
 
-        EAGAIN: not all was reaped, go again. EINVAL; EBUSY (adopted memory, without ``force``).
+        EAGAIN: not all was reaped, go again. EINVAL; EBUSY (adopted memory, without ``force``). ESRCH,
+        EDEADLK as mmap().
         """
         start, end = check_pages(self, "oom_reap", start, end)
         start, end = affected.check_span(self, "oom_reap", start, end - start)

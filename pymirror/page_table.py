@@ -134,7 +134,10 @@ class PageTable:
         return check(lib.pm_table_clear(self._native, start, native_end(end)), "PageTable.clear")
 
     def entries(self, start: int, end: int) -> PfnArray:
-        """The raw entries of the pages of [start, end), 0 where there is none. For callbacks too."""
+        """The raw entries of [start, end): uint64, one a 4 KiB page, 0 where there is none.
+
+        For callbacks too. EINVAL: not page-aligned, empty, reversed.
+        """
         start, end = check_interval("PageTable.entries", start, end, mm=self.mm)
         ret = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
         buffer = ffi.from_buffer("uint64_t[]", ret)
@@ -154,7 +157,11 @@ class PageTable:
         return int(ret[0])
 
     def verify(self, start: int, end: int) -> tuple[int, int] | None:
-        """Compare entries with the CPU page table: the first run that changed unseen, or None."""
+        """Compare entries with the CPU page table: the first run that changed unseen, or None.
+
+        The run is [start, end), bytes; it is invalidated by nobody yet: fault or access it, or
+        mm.invalidate() it. EINVAL; ESRCH: the mm of the entries is closed; EDEADLK in a callback.
+        """
         not_in_callback("PageTable.verify")
         start, end = check_interval("PageTable.verify", start, end, mm=self.mm)
         changed = ffi.new("uint64_t[2]")

@@ -43,6 +43,7 @@ class Region:
 
     @property
     def fd(self) -> int:
+        """The descriptor of the file or memfd behind it, the Region's own; -1 without one."""
         return self._held.fd
 
     @property
@@ -56,7 +57,10 @@ class Region:
         return not self._held.extents
 
     def close(self) -> None:
-        """Unmap what is left. Idempotent. BufferError while a view lives. A forked child leaves it alone."""
+        """Unmap what is left. Idempotent. A forked child leaves it alone.
+
+        BufferError while a view lives. Errors as AddressSpace.munmap().
+        """
         if self.closed or not self._held.here():
             return
         if views := live_views(self):

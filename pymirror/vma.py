@@ -37,6 +37,7 @@ class Vma:
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return self.end - self.start
 
     def __contains__(self, addr: int) -> bool:

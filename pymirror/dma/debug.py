@@ -84,6 +84,7 @@ class DmaEntry:
 
     @property
     def mappings(self) -> list[DmaMapping]:
+        """The DmaMappings behind it, in order of address."""
         return self.backing.mappings if self.backing is not None else []
 
 

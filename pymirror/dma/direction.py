@@ -19,10 +19,12 @@ class DmaDirection(IntEnum):
 
     @property
     def device_reads(self) -> bool:
+        """Whether the device may read."""
         return self in (DmaDirection.BIDIRECTIONAL, DmaDirection.TO_DEVICE)
 
     @property
     def device_writes(self) -> bool:
+        """Whether the device may write."""
         return self in (DmaDirection.BIDIRECTIONAL, DmaDirection.FROM_DEVICE)
 
     def __str__(self) -> str:

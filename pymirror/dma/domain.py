@@ -54,12 +54,15 @@ class DmaDomain:
         return {name: getattr(found, name) for name, _ in ffi.typeof(found[0]).fields}
 
     def new_cookie(self) -> int:
+        """A number for a mapping, by which native code names it."""
         return next(self._cookies)
 
     def remember(self, mapping: DmaMapping) -> None:
+        """It is mapped. For DmaMapping."""
         self._mappings[mapping.cookie] = mapping
 
     def forget(self, mapping: DmaMapping) -> None:
+        """It is unmapped. Idempotent. For DmaMapping."""
         self._mappings.pop(mapping.cookie, None)
 
     def mapping_of(self, cookie: int) -> DmaMapping | None:

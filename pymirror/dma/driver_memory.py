@@ -65,6 +65,7 @@ class DriverMemory:
 
     @property
     def dma_errors(self) -> deque[DmaDebugReport]:
+        """The last reports of DMA API debugging, oldest first; each is a driver's bug."""
         return self.dma_debug.reports
 
     def release(self) -> list[DmaDebugReport]:

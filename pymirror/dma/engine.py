@@ -123,7 +123,7 @@ class DmaEngine:
         raise NotImplementedError
 
     def dma_read(self, daddr: int, n: int) -> bytes:
-        """The n bytes at DMA address daddr. See dma_read_into(); that one copies once less."""
+        """The n bytes at DMA address daddr. Errors as dma_read_into(); that one copies once less."""
         into = bytearray(n)
         self.dma_read_into(daddr, into)
         return bytes(into)
@@ -153,7 +153,7 @@ class DmaEngine:
     def dma_write_sg(self, segments: Iterable[tuple[int, int]], data: Buffer) -> None:
         """Scatter ``data`` over ``(daddr, length)`` after ``(daddr, length)``.
 
-        EINVAL unless the lengths add up to it; else as dma_write(), segment by segment.
+        EINVAL unless the lengths add up to it. Errors as dma_write(), segment by segment.
         """
         listed, memory = list(segments), ffi.from_buffer(data)
         if sum(length for _, length in listed) != len(memory):

@@ -42,11 +42,13 @@ def dma_set_coherent_mask(device: DmaDevice, mask: int) -> None:
 
 
 def dma_set_mask_and_coherent(device: DmaDevice, mask: int) -> None:
+    """dma_set_mask() and dma_set_coherent_mask() in one. EIO, and neither is set."""
     dma_set_mask(device, mask)
     dma_set_coherent_mask(device, mask)
 
 
 def dma_get_mask(device: DmaDevice) -> int:
+    """The highest DMA address that the device can form."""
     return device.dma_mask
 
 
@@ -67,6 +69,7 @@ def dma_set_max_seg_size(device: DmaDevice, size: int) -> None:
 
 
 def dma_get_max_seg_size(device: DmaDevice) -> int:
+    """The bytes that a segment of a scatterlist has at most."""
     return device.max_segment_size
 
 
@@ -82,6 +85,7 @@ def dma_set_seg_boundary(device: DmaDevice, mask: int) -> None:
 
 
 def dma_get_seg_boundary(device: DmaDevice) -> int:
+    """What dma_set_seg_boundary() set: no segment crosses a multiple of mask + 1 bytes."""
     return device.segment_boundary
 
 

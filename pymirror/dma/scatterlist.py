@@ -49,10 +49,12 @@ def sg_list(*buffers: Buffer, max_segment: int | None = None) -> list[Scatterlis
 
 
 def sg_dma_address(sg: Scatterlist) -> int:
+    """The DMA address of a segment, once dma_map_sg() has filled it in."""
     return sg.dma_address
 
 
 def sg_dma_len(sg: Scatterlist) -> int:
+    """The bytes of a segment, which may be several entries' memory."""
     return sg.dma_length
 
 
@@ -108,6 +110,7 @@ def dma_unmap_sg(
 def dma_unmap_sgtable(
     device: DmaDevice, sgl: Sequence[Scatterlist], direction: int, *, attrs: int = 0
 ) -> None:
+    """dma_unmap_sg() of the whole list."""
     dma_unmap_sg(device, sgl, len(sgl), direction, attrs=attrs)
 
 

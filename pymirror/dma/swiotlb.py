@@ -65,6 +65,7 @@ class SwiotlbPool:
 
     @property
     def bus_last(self) -> int:
+        """The last bus address of its window, inclusive."""
         return self.bus_addr + self.size - 1
 
     def owns(self, bus_addr: int) -> bool:
@@ -91,6 +92,7 @@ class SwiotlbPool:
         return None
 
     def free(self, slots: Slots) -> None:
+        """Give back what alloc() gave, once."""
         with self._lock:
             self._free[slots.segment] |= slots.mask
             self.used -= slots.count

@@ -44,6 +44,7 @@ class DmaIovaState:
 
     @property
     def mappings(self) -> list[DmaMapping]:
+        """Of the pieces that are synced, in order."""
         return [piece.mapping for piece in self.pieces if piece.mapping is not None]
 
     def unmap(self, direction: DmaDirection | None) -> None:
