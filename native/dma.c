@@ -103,12 +103,12 @@ static int64_t access_dmap(struct piece *piece, struct pm_dma_access *access)
     access->cookie = dmap->cookie;
     access->fault_start = pm_page_down(dmap->start + piece->at);
     access->fault_end = access->fault_start + PM_PAGE_SIZE;
-    if (!pm_dmap_permits(dmap, piece->write)) {
-        fault(access, PM_FAULT_DIRECTION);
+    if (!pm_dmap_holds(dmap, piece->at)) {
+        fault(access, PM_FAULT_MISSING);
         return -EFAULT;
     }
-    if (piece->at < dmap->offset || piece->at >= dmap->offset + dmap->size) {
-        fault(access, PM_FAULT_MISSING);
+    if (!pm_dmap_permits(dmap, piece->write)) {
+        fault(access, PM_FAULT_DIRECTION);
         return -EFAULT;
     }
     piece->len = pm_min(piece->len, dmap->offset + dmap->size - piece->at);

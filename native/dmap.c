@@ -30,9 +30,9 @@ bool pm_dmap_permits(const struct pm_dmap *dmap, bool write)
            dmap->direction == (write ? PM_DMA_FROM_DEVICE : PM_DMA_TO_DEVICE);
 }
 
-bool pm_dmap_serves(const struct pm_dmap *dmap, uint64_t at, bool write)
+bool pm_dmap_holds(const struct pm_dmap *dmap, uint64_t at)
 {
-    return pm_dmap_permits(dmap, write) && at >= dmap->offset && at < dmap->offset + dmap->size;
+    return at >= dmap->offset && at < dmap->offset + dmap->size;
 }
 
 static bool fences(const struct pm_dmap *dmap)

@@ -200,23 +200,22 @@ int pm_domain_alloc(struct pm_domain *domain, uint64_t size, uint64_t limit, uin
 struct find {
     struct pm_dmap_run *run;
     uint64_t addr;
-    bool write;
+    bool write, holds;
 };
 
-/* The first, but without an IOMMU rather one that serves the access: several mappings may share a page. */
+/* The first, but without an IOMMU one that has the byte, and rather one that serves: mappings share pages. */
 static bool take_best(struct pm_inode *node, void *arg)
 {
     struct pm_dmap_run *run = (struct pm_dmap_run *)node;
     struct find *find = arg;
+    bool holds = pm_dmap_holds(run->dmap, (run->first << PM_PAGE_SHIFT) + (find->addr - node->start));
+    bool serves = holds && pm_dmap_permits(run->dmap, find->write);
 
-    if (!find->run)
+    if (!find->run || (holds && !find->holds) || serves) {
         find->run = run;
-    if (!pm_domain_direct(run->dmap->domain))
-        return false;
-    if (!pm_dmap_serves(run->dmap, (run->first << PM_PAGE_SHIFT) + (find->addr - node->start), find->write))
-        return true;
-    find->run = run;
-    return false;
+        find->holds = holds;
+    }
+    return pm_domain_direct(run->dmap->domain) && !serves;
 }
 
 /* With the domain's lock held. */

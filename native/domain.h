@@ -89,9 +89,9 @@ struct pm_dmap *pm_domain_lookup(struct pm_domain *domain, uint64_t addr, bool w
 int pm_domain_alloc(struct pm_domain *domain, uint64_t size, uint64_t limit, uint64_t *ret);
 
 void pm_dmap_get(struct pm_dmap *dmap);
-/* May a device read, or write, the byte `at` of the mapping? Its entries may still say no. */
+/* Is the byte `at` of its pages mapped, and may a device read or write it? Its entries may still say no. */
+bool pm_dmap_holds(const struct pm_dmap *dmap, uint64_t at);
 bool pm_dmap_permits(const struct pm_dmap *dmap, bool write);
-bool pm_dmap_serves(const struct pm_dmap *dmap, uint64_t at, bool write);
 void pm_dmap_free_iovas(struct pm_dmap *dmap);
 /* A copy that no fence stops begins: 0, or the fault of that page; and ends. */
 uint32_t pm_dmap_use(struct pm_dmap *dmap, uint64_t page, bool write);
