@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from .coherent import dma_alloc_coherent, dma_free_coherent
-from .debug import DmaEntry
 from .direction import (
     DMA_BIDIRECTIONAL,
     DMA_BIT_MASK,
@@ -14,6 +13,7 @@ from .direction import (
     DMA_TO_DEVICE,
     DmaDirection,
 )
+from .entry import DmaEntry
 from .parameters import (
     dma_addressing_limited,
     dma_get_mask,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._shim import ffi
 from ..errors import MirrorError
-from .debug import DmaEntry, DmaType
 from .direction import DmaDirection
+from .entry import DmaEntry, DmaType
 from .memory import PAGE_SIZE, is_reachable, map_pages, map_slots, physical_pages
 from .record import DmaMapping, Site
 
@@ -46,7 +46,7 @@ def dma_alloc_coherent(device: DmaDevice, size: int) -> tuple[memoryview, int]:
     entry = DmaEntry(
         address, size, _BOTH, DmaType.COHERENT, Site.of_caller(), memory.cpu_addr, backing=memory
     )
-    device.dma_debug.add(entry)
+    device.dma_debug.add_all([entry], memory)
     return memory.view[:size], address
 
 

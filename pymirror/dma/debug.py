@@ -9,145 +9,27 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
 
-from .._shim import ffi, lib
-from ..errors import check
+from .._shim import lib
 from .direction import DMA_MAPPING_ERROR, DmaDirection
+from .entry import Backed, DmaEntry, DmaType
 from .record import Site
 from .report import DmaDebugCategory, DmaDebugError, DmaDebugReport
-
-if TYPE_CHECKING:
-    from .record import DmaMapping
+from .spans import Spans, written_lines
 
 REPORTS_KEPT = 1024
-CACHE_LINE = 64
 
 _log = logging.getLogger("pymirror.dma")
-
-
-class DmaType(StrEnum):
-    """What a mapping was made as; the last four are not streaming mappings of the driver's memory."""
-
-    SINGLE = "single"
-    PAGE = "page"
-    SG = "scatter-gather"
-    COHERENT = "coherent"
-    IOVA = "iova"
-    HMM = "hmm"
-    GUP = "gup"
 
 
 #: Which types an unmap of a type may be mixed up with and still do what it should.
 _ALIKE = {DmaType.SINGLE, DmaType.PAGE}
 
 
-@dataclass(slots=True, eq=False)
-class DmaEntry:
-    """``struct dma_debug_entry``: the record of a mapping, or of one segment of a scatterlist's.
-
-    ``address`` is the DMA address, ``size`` bytes, ``cpu_addr`` the process address (0: not the driver's own
-    memory), ``site`` the line that made it. ``nents`` is how many entries the list had. ``checked``:
-    dma_mapping_error() was asked. ``backing`` is what unmap undoes, ``syncs`` the bounce buffer's copies.
-    """
-
-    address: int
-    size: int
-    direction: DmaDirection
-    type: DmaType
-    site: Site
-    cpu_addr: int = 0
-    nents: int = 1
-    checked: bool = True
-    backing: Backed | None = None
-    syncs: Any = None
-    number: int = 0
-    place: Any = None
-    lines: Any = None
-
-    def is_meant(self, size: int, direction: DmaDirection, type_: DmaType, cpu_addr: int, nents: int) -> bool:
-        """Whether an unmapping call with these arguments is beyond reproach."""
-        return (
-            self.size == size
-            and self.direction is direction
-            and self.type is type_
-            and self.checked
-            and (self.nents == nents or type_ is not DmaType.SG)
-            and (self.cpu_addr == cpu_addr or type_ is not DmaType.COHERENT)
-        )
-
-    @property
-    def mappings(self) -> list[DmaMapping]:
-        """The DmaMappings behind it, in order of address."""
-        return self.backing.mappings if self.backing is not None else []
-
-
-class Backed(Protocol):
-    """What an entry is the record of. One may have several entries."""
-
-    @property
-    def mappings(self) -> list[DmaMapping]: ...
-
-    def unmap(self, direction: DmaDirection | None) -> None:
-        """Idempotent. With a direction, what the device wrote is copied back from bounce buffers."""
-
-
 _numbers = itertools.count(1)
-
-
-class _Spans:
-    """Intervals that are looked up by what they overlap (native/spans.c)."""
-
-    def __init__(self) -> None:
-        spans = ffi.new("pm_spans **")
-        check(lib.pm_spans_create(spans), "dma-debug")
-        self._native = ffi.gc(spans[0], lib.pm_spans_destroy)
-
-    def add(self, start: int, last: int, cookie: int) -> tuple[Any, int]:
-        """The new span, and the cookie of one that it overlaps, 0 without one."""
-        span, other = ffi.new("pm_span **"), ffi.new("uint64_t *")
-        check(lib.pm_spans_add(self._native, start, last, cookie, span, other), "dma-debug")
-        return span[0], int(other[0])
-
-    def find(self, start: int, last: int) -> int:
-        other = ffi.new("uint64_t *")
-        return int(other[0]) if lib.pm_spans_find(self._native, start, last, other) == 0 else 0
-
-    def remove(self, span: Any) -> None:
-        lib.pm_spans_remove(self._native, span)
-
-
-class _WrittenLines:
-    """The cache lines of driver memory that some device may write, whatever device that is."""
-
-    def __init__(self) -> None:
-        self._renew()
-        os.register_at_fork(after_in_child=self._renew)
-
-    def _renew(self) -> None:
-        self.spans = _Spans()
-        self.sites: dict[int, Site] = {}
-
-    def add(self, entry: DmaEntry) -> Site | None:
-        """Where a mapping of some of the same cache lines was made."""
-        start = entry.cpu_addr & -CACHE_LINE
-        last = (entry.cpu_addr + entry.size - 1) | (CACHE_LINE - 1)
-        entry.lines, other = self.spans.add(start, last, entry.number)
-        self.sites[entry.number] = entry.site
-        return self.sites.get(other)
-
-    def remove(self, entry: DmaEntry) -> None:
-        if self.sites.pop(entry.number, None) is not None:
-            self.spans.remove(entry.lines)
-
-
-_written = _WrittenLines()
 
 
 class DmaDebug:
@@ -162,7 +44,7 @@ class DmaDebug:
         self.counts: Counter[DmaDebugCategory] = Counter()
         self._by_address: dict[int, list[DmaEntry]] = {}
         self._by_number: dict[int, DmaEntry] = {}
-        self._places = _Spans()
+        self._places = Spans()
         self._lock = threading.Lock()
         self._said: set[tuple[DmaDebugCategory, Site | None, Site]] = set()
 
@@ -172,6 +54,17 @@ class DmaDebug:
     def mappings(self) -> Iterator[DmaEntry]:
         """All that is mapped, oldest first."""
         return iter(list(self._by_number.values()))
+
+    def add_all(self, entries: Sequence[DmaEntry], backing: Backed) -> None:
+        """Record all that is mapped by one call; unmap it where that cannot be done."""
+        try:
+            for entry in entries:
+                self.add(entry)
+        except BaseException:
+            for entry in entries:
+                self.remove(entry)
+            backing.unmap(None)
+            raise
 
     def add(self, entry: DmaEntry) -> None:
         """Record a mapping that has been made, and look at the memory it is of."""
@@ -196,7 +89,7 @@ class DmaDebug:
             if not there:
                 del self._by_address[entry.address]
         self._places.remove(entry.place)
-        _written.remove(entry)
+        written_lines.remove(entry)
         return True
 
     def at(self, address: int) -> DmaEntry | None:
@@ -411,7 +304,7 @@ class DmaDebug:
             self.report(DmaDebugCategory.MAP_TEXT, entry, text, mapped=entry)
 
     def _check_overlap(self, entry: DmaEntry) -> None:
-        other = _written.add(entry)
+        other = written_lines.add(entry)
         if other is None:
             return
         text = (

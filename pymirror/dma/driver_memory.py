@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ..errors import MirrorError
-from .debug import DmaDebug, DmaEntry, DmaType
+from .debug import DmaDebug
 from .domain import inherited
+from .entry import DmaEntry, DmaType
 from .parameters import MAX_SEGMENT_SIZE, SEGMENT_BOUNDARY
 from .report import DmaDebugReport
 from .swiotlb import SwiotlbPool, default_pool

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import MirrorError
-from .debug import DmaEntry, DmaType
 from .direction import DmaDirection, check_direction
+from .entry import DmaEntry, DmaType
 from .iova import IovaExtent
 from .memory import PAGE_SIZE, Backing, Export, map_memory, map_pages
 from .record import DmaMapping, Site
@@ -253,29 +253,27 @@ def _record(
     mapped: _Mapped,
     way: DmaDirection,
 ) -> None:
-    here, debug = Site.of_caller(), device.dma_debug
+    here = Site.of_caller()
     for backing, (_, cpu_addr, size) in zip(mapped.backings, pieces, strict=True):
-        address = backing.address
-        record = DmaEntry(
-            address, size, way, DmaType.SG, here, cpu_addr, len(entries), backing=mapped, syncs=backing
-        )
+        record = DmaEntry(backing.address, size, way, DmaType.SG, here, cpu_addr, len(entries))
+        record.backing, record.syncs = mapped, backing
         mapped.records.append(record)
-        debug.add(record)
-        if size > device.max_segment_size:
-            debug.report(
-                DmaDebugCategory.SEGMENT_LENGTH,
-                record,
-                f"mapping a scatterlist segment of {size} bytes, longer than device claims to support"
-                f" [max={device.max_segment_size}]",
-                mapped=record,
-            )
-        if _crosses(address, size, device.segment_boundary):
-            debug.report(
-                DmaDebugCategory.SEGMENT_BOUNDARY,
-                record,
-                f"mapping a scatterlist segment across a boundary [boundary={device.segment_boundary:#x}]",
-                mapped=record,
-            )
+    device.dma_debug.add_all(mapped.records, mapped)
+    for record in mapped.records:
+        _check_segment(device, record)
+
+
+def _check_segment(device: DmaDevice, record: DmaEntry) -> None:
+    if record.size > device.max_segment_size:
+        category = DmaDebugCategory.SEGMENT_LENGTH
+        text = f"longer than device claims to support [max={device.max_segment_size}]"
+        device.dma_debug.report(
+            category, record, f"mapping a scatterlist segment of {record.size} bytes, {text}", mapped=record
+        )
+    if _crosses(record.address, record.size, device.segment_boundary):
+        category = DmaDebugCategory.SEGMENT_BOUNDARY
+        text = f"across a boundary [boundary={device.segment_boundary:#x}]"
+        device.dma_debug.report(category, record, f"mapping a scatterlist segment {text}", mapped=record)
 
 
 def _fill_in(

@@ -10,8 +10,8 @@ import errno
 from typing import TYPE_CHECKING
 
 from ..errors import MirrorError
-from .debug import DmaEntry, DmaType
 from .direction import DMA_MAPPING_ERROR, DmaDirection, check_direction
+from .entry import DmaEntry, DmaType
 from .memory import PAGE_SIZE, Export, map_memory
 from .record import Site
 from .report import DmaDebugCategory
@@ -111,9 +111,10 @@ def _map(device: DmaDevice, ptr: Buffer, offset: int, size: int, direction: int,
         no_address(device, type_, addr, size, way)
         return DMA_MAPPING_ERROR
     backing.keep = export
-    device.dma_debug.add(
-        DmaEntry(backing.address, size, way, type_, here, addr, checked=False, backing=backing, syncs=backing)
+    entry = DmaEntry(
+        backing.address, size, way, type_, here, addr, checked=False, backing=backing, syncs=backing
     )
+    device.dma_debug.add_all([entry], backing)
     return backing.address
 
 

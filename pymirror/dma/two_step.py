@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import MirrorError
-from .debug import DmaEntry, DmaType
 from .direction import DmaDirection, check_direction
+from .entry import DmaEntry, DmaType
 from .iova import IovaExtent
 from .memory import PAGE_SIZE, Export, map_pages
 from .record import DmaMapping, Site
@@ -92,7 +92,7 @@ def dma_iova_try_alloc(device: DmaDevice, size: int, phys: int = 0) -> DmaIovaSt
     addr = extent.start + inside
     entry = DmaEntry(addr, size, DmaDirection.NONE, DmaType.IOVA, Site.of_caller())
     state = entry.backing = DmaIovaState(addr, size, extent, entry)
-    device.dma_debug.add(entry)
+    device.dma_debug.add_all([entry], state)
     return state
 
 
@@ -135,10 +135,11 @@ def dma_iova_link(
         check_piece(what, export, at, size)
         _check_alike(what, export.addr + at, iova)
         _check_free(device, state, entry, offset, size)
-    except MirrorError:
+        device.dma_debug.add(entry)
+    except BaseException:
+        device.dma_debug.remove(entry)
         export.release()
         raise
-    device.dma_debug.add(entry)
     insort(state.pieces, _Piece(offset, size, export, entry))
 
 
