@@ -16,8 +16,8 @@
 #include "internal.h"
 
 enum {
-    MAGAZINE_SIZES = 6, /* 1, 2, 4, ... 32 pages */
-    MAGAZINE_DEPTH = 127,
+    MAGAZINE_SIZES = 6,       /* 1, 2, 4, ... 32 pages */
+    MAGAZINE_DEPTH = 8 * 127, /* as many as eight of the kernel's magazines */
     RESERVED_MAX = 64,
     MAX_ALIGN_ORDER = 18, /* 1 GiB, the largest page that an IOMMU maps */
 };

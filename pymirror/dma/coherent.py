@@ -107,7 +107,7 @@ def _alloc(device: DmaDevice, size: int) -> _Memory | None:
 
 def _alloc_slots(device: DmaDevice, size: int) -> _Memory | None:
     pool = device.swiotlb
-    device._require_pfns(f"{device.name}: DMA without an IOMMU")
+    device._need_pfns()
     if pool.bus_last > device.coherent_dma_mask:
         return None
     slots = pool.alloc(size, aligned=True)

@@ -43,6 +43,7 @@ class DriverMemory:
         self._owner = os.getpid()
         self._swiotlb = swiotlb
         self._coherent_dma_mask: int | None = None
+        self._sees_pfns = False
 
     @property
     def domain(self) -> DmaDomain:
@@ -118,6 +119,15 @@ class DriverMemory:
         self._check_here(what)
         if self.released:
             raise MirrorError(errno.ENODEV, f"{what}: the device is released", hint="make a new Device")
+
+    def _require_pfns(self, what: str) -> None:
+        raise NotImplementedError
+
+    def _need_pfns(self) -> None:
+        """FeatureError when PFNs are not to be seen. It takes a while to find out, so it is done once."""
+        if not self._sees_pfns:
+            self._require_pfns(f"{self.name}: DMA without an IOMMU")
+            self._sees_pfns = True
 
     def _mapped(self) -> list[DmaMapping]:
         domain = self._domain

@@ -157,7 +157,7 @@ def map_slots(device: DmaDevice, kind: str, slots: Slots, size: int, direction: 
 
 def physical_pages(device: DmaDevice, addr: int, size: int, *, write: bool) -> np.ndarray[Any, Any]:
     """The PFNs of the pages that hold the memory, which are made present. FeatureError as ordinary user."""
-    device._require_pfns(f"{device.name}: DMA without an IOMMU")
+    device._need_pfns()
     first, n = addr >> PAGE_SHIFT, pages_of(addr, size)
     advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
     _libc.madvise(first << PAGE_SHIFT, n << PAGE_SHIFT, advice)
