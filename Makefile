@@ -60,6 +60,7 @@ help: ## this list
 # Two of these at once in one clone would trample each other, hence the lock.
 $(BUILT): pyproject.toml $(SHIM_SOURCES)
 	@$(call preflight)
+	@echo "make build: compiling the shim and filling $(VENV), about a minute" >&2
 	@mkdir -p build && exec 9>build/.lock && flock 9 && \
 	{ test "$$(cat $(VENV)/.where 2>/dev/null)" = '$(CURDIR)' || \
 	{ $(PYTHON) -m venv --clear $(VENV) && echo '$(CURDIR)' >$(VENV)/.where; }; } && \

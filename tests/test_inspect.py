@@ -403,7 +403,7 @@ def test_another_users_process_is_refused_with_the_command(healthy: Target) -> N
     code, text = complaint(healthy.pid, *confined.command({"user": 65534}))
     assert code == EXIT_REFUSED
     assert "EACCES" in text
-    assert f"do: sudo pymirror inspect {healthy.pid}" in text
+    assert f"do: sudo {sys.executable} -m pymirror.cli inspect {healthy.pid}" in text
 
 
 @pytest.mark.root

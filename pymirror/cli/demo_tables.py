@@ -19,8 +19,9 @@ GUARANTEES = ("before", "after", "detected")
 def print_report(console: Console, report: Report) -> None:
     for title, table in _tables(report):
         console.print(f"[bold]{title}[/bold]", table, highlight=False)
-    for missing in report.missing:
-        console.print(f"{missing.feature} is granted by:\n    {escape(missing.command)}", **_PLAIN)
+    for command in dict.fromkeys(missing.command for missing in report.missing):
+        names = ", ".join(missing.feature for missing in report.missing if missing.command == command)
+        console.print(f"This grants {names}:\n    {escape(command)}", **_PLAIN)
     console.print(_verdict(report), **_PLAIN)
 
 

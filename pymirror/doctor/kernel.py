@@ -9,7 +9,7 @@ import platform
 import resource
 from collections.abc import Iterator
 
-from ..inspection.procfs import read
+from ..inspection.procfs import as_root, read
 from .check import Check, Status
 from .system import Privileges, sysctl
 
@@ -175,6 +175,6 @@ def _yama(who: Privileges) -> Iterator[Check]:
         f"kernel.yama.ptrace_scope = {scope}",
         lost="pymirror inspect does not show what system call another process's thread is in",
         why="yama lets only a parent look, and CAP_SYS_PTRACE is not held",
-        command="sudo sysctl -w kernel.yama.ptrace_scope=0   # or: sudo pymirror inspect PID",
+        command=f"sudo sysctl -w kernel.yama.ptrace_scope=0   # or: {as_root('inspect PID')}",
         data={"kernel.yama.ptrace_scope": scope},
     )

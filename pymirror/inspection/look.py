@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from . import procfs
 from .pages import Pages, count
-from .procfs import Process, Thread, Userfaultfd
+from .procfs import Process, Thread, Userfaultfd, as_root
 from .status import Space, Wait, spaces
 
 #: Between two looks at the threads that sleep in userfaultfd: they are served in microseconds, or in 0.1 s
@@ -111,11 +111,11 @@ def _unseen(process: Process, threads: list[Thread], pages: Pages) -> list[str]:
     if not any(thread.syscall or thread.state == "R" for thread in threads):
         lines.append(
             "system calls of threads: the kernel shows them to whom it lets ptrace;"
-            f" do: sudo pymirror inspect {process.pid}"
+            f" do: {as_root(f'inspect {process.pid}')}"
         )
     if not any(thread.stack for thread in threads):
         lines.append(
-            f"kernel stacks of threads: shown to CAP_SYS_ADMIN; do: sudo pymirror inspect {process.pid}"
+            "kernel stacks of threads: shown to CAP_SYS_ADMIN; do: " + as_root(f"inspect {process.pid}")
         )
     if pages.why:
         lines.append(f"pages: {pages.why}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -218,9 +219,14 @@ def _parse_stack(text: str) -> Iterator[str]:
             yield name
 
 
+def as_root(arguments: str) -> str:
+    """Of pymirror, by its interpreter: the path that sudo searches has no virtual environment's commands."""
+    return f"sudo {sys.executable or 'python3'} -m pymirror.cli {arguments}"
+
+
 def permission_hint(pid: int) -> str:
     if os.geteuid() != 0:
-        return f"sudo pymirror inspect {pid}"
+        return as_root(f"inspect {pid}")
     return "run it with CAP_SYS_PTRACE in the user namespace of that process"
 
 
