@@ -14,6 +14,7 @@
 #include <time.h>
 
 #include "access.h"
+#include "entries.h"
 
 static const uint64_t user_end = 1ULL << 47;
 static const uint64_t copy_wait_ns = 1000ULL * 1000 * 1000;
@@ -76,22 +77,6 @@ void pm_dmap_put(pm_dmap *dmap)
     free_dmap(dmap);
 }
 
-/* Does the page at i continue the run of pages in memory that i - 1 is in? */
-static bool continues(const uint64_t *entry, uint64_t i)
-{
-    return (entry[i] & entry[i - 1] & PM_ENTRY_VALID) &&
-           (entry[i] & PM_PFN_MASK) == (entry[i - 1] & PM_PFN_MASK) + 1;
-}
-
-static uint64_t count_segments(const uint64_t *entry, uint64_t n)
-{
-    uint64_t segments = n ? entry[0] >> PM_ENTRY_VALID_BIT : 0;
-
-    for (uint64_t i = 1; i < n; i++)
-        segments += (entry[i] >> PM_ENTRY_VALID_BIT) & !continues(entry, i);
-    return segments;
-}
-
 /* Pages that whole huge entries stand for, beyond the one entry of each. */
 static uint64_t count_saved(const uint64_t *entry, uint64_t n, uint64_t iova)
 {
@@ -108,26 +93,18 @@ static uint64_t count_saved(const uint64_t *entry, uint64_t n, uint64_t iova)
     return saved;
 }
 
-static uint64_t fill_entries(uint64_t *entry, const uint64_t *pfns, uint64_t n)
+static void give_own_addresses(const struct pm_dmap *dmap, uint64_t *daddrs)
 {
-    uint64_t linked = 0;
-
-    for (uint64_t i = 0; i < n; i++) {
-        entry[i] = pfns[i] & kept_bits & -(pfns[i] >> PM_ENTRY_VALID_BIT);
-        linked += pfns[i] >> PM_ENTRY_VALID_BIT;
-    }
-    return linked;
+    for (uint64_t i = 0; i < dmap->n; i++)
+        daddrs[i] = dmap->entry[i] & PM_ENTRY_VALID ? (dmap->entry[i] & PM_PFN_MASK) << PM_PAGE_SHIFT : 0;
 }
 
 static void give_addresses(const struct pm_dmap *dmap, uint64_t *daddrs)
 {
-    for (uint64_t i = 0; i < dmap->n; i++) {
-        uint64_t there = -(dmap->entry[i] >> PM_ENTRY_VALID_BIT);
-        uint64_t at = pm_domain_direct(dmap->domain) ? (dmap->entry[i] & PM_PFN_MASK) << PM_PAGE_SHIFT
-                                                     : dmap->iova + (i << PM_PAGE_SHIFT);
-
-        daddrs[i] = at & there;
-    }
+    if (pm_domain_direct(dmap->domain))
+        give_own_addresses(dmap, daddrs);
+    else
+        pm_entries_place(dmap->entry, dmap->n, (struct pm_run){dmap->iova, PM_PAGE_SIZE}, daddrs);
     if (dmap->n)
         daddrs[0] += daddrs[0] ? dmap->offset : 0;
 }
@@ -159,7 +136,7 @@ static int make_direct_runs(struct pm_dmap *dmap)
             continue;
         if (!addr)
             return -EOPNOTSUPP;
-        while (end < dmap->n && continues(dmap->entry, end))
+        while (end < dmap->n && pm_pfn_continues(dmap->entry[end], dmap->entry[end - 1]))
             end++;
         if (addr + ((end - i) << PM_PAGE_SHIFT) - 1 > dmap->mask)
             return -EFAULT;
@@ -240,7 +217,7 @@ static void fill_kernel(struct pm_dmap *dmap)
 {
     for (uint64_t i = 0; i < dmap->n; i++)
         dmap->entry[i] = PM_ENTRY_VALID | PM_ENTRY_WRITE;
-    dmap->linked = dmap->n;
+    dmap->linked = dmap->segments = dmap->n;
 }
 
 static int make(const struct pm_dmap_options *opt, struct pm_dmap **ret)
@@ -275,10 +252,9 @@ static int make(const struct pm_dmap_options *opt, struct pm_dmap **ret)
     if (opt->flags & PM_DMAP_EMPTY)
         memset(dmap->entry, 0, opt->n * sizeof(uint64_t));
     else if (opt->pfns)
-        dmap->linked = fill_entries(dmap->entry, opt->pfns, opt->n);
+        dmap->linked = pm_entries_fill(dmap->entry, opt->pfns, opt->n, kept_bits, &dmap->segments);
     else
         fill_kernel(dmap);
-    dmap->segments = count_segments(dmap->entry, dmap->n);
     err = place(dmap, opt);
     dmap->entries = dmap->linked - count_saved(dmap->entry, dmap->n, dmap->iova);
     dmap->bytes = bytes + (dmap->runs == &dmap->one ? 0 : dmap->nruns * sizeof(*dmap->runs));
@@ -340,7 +316,7 @@ int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret)
 
 int pm_dmap_link(pm_dmap *dmap, pm_sub *sub, uint64_t seq, uint64_t first, uint64_t n, const uint64_t *pfns)
 {
-    uint64_t linked = 0;
+    uint64_t linked = 0, runs;
     int err = 0;
 
     if (!pm_domain_owned(dmap->domain))
@@ -357,7 +333,7 @@ int pm_dmap_link(pm_dmap *dmap, pm_sub *sub, uint64_t seq, uint64_t first, uint6
     for (uint64_t i = 0; !err && i < n; i++)
         err = dmap->entry[first + i] ? -EEXIST : 0;
     if (!err)
-        linked = fill_entries(dmap->entry + first, pfns, n);
+        linked = pm_entries_fill(dmap->entry + first, pfns, n, kept_bits, &runs);
     dmap->linked += linked;
     pm_unlock(dmap->mm);
     atomic_fetch_add(&dmap->domain->pages, linked);
@@ -398,27 +374,10 @@ static void wait_for_copies(struct pm_dmap *dmap)
         continue;
 }
 
-/* With the entries locked. */
-static int64_t take_out(struct pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writable)
-{
-    int64_t taken = 0;
-
-    for (uint64_t i = first; i < first + n; i++) {
-        if (dmap->entry[i] == 0)
-            continue;
-        if (writable)
-            *writable += (dmap->entry[i] & PM_ENTRY_WRITE) != 0;
-        dmap->entry[i] = 0;
-        taken++;
-    }
-    dmap->linked -= (uint64_t)taken;
-    return taken;
-}
-
 int64_t pm_dmap_unlink(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writable)
 {
     uint64_t start = dmap->start + (first << PM_PAGE_SHIFT);
-    int64_t taken;
+    uint64_t taken, writes;
 
     if (writable)
         *writable = 0;
@@ -428,7 +387,8 @@ int64_t pm_dmap_unlink(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writ
         return -EINVAL;
     pm_point(PM_POINT_DMA_UNMAP);
     lock_entries(dmap);
-    taken = take_out(dmap, first, n, writable);
+    taken = pm_entries_clear(dmap->entry + first, n, &writes);
+    dmap->linked -= taken;
     if (taken && fences(dmap))
         pm_access_expel(dmap->mm, start, start + (n << PM_PAGE_SHIFT) - 1);
     else if (taken)
@@ -436,8 +396,10 @@ int64_t pm_dmap_unlink(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writ
     unlock_entries(dmap);
     if (taken)
         atomic_fetch_add(&dmap->domain->flushes, !pm_domain_direct(dmap->domain));
-    atomic_fetch_sub(&dmap->domain->pages, (uint64_t)taken);
-    return taken;
+    atomic_fetch_sub(&dmap->domain->pages, taken);
+    if (writable)
+        *writable = writes;
+    return (int64_t)taken;
 }
 
 static void leave_mm(struct pm_dmap *dmap)

@@ -30,6 +30,12 @@ INLINE uint64_t or_lanes(const vec *v)
     return (*v)[0] | (*v)[1] | (*v)[2] | (*v)[3];
 }
 
+/* How many lanes are all ones, after that was summed up. */
+INLINE uint64_t count_lanes(const vec *v)
+{
+    return 0 - ((*v)[0] + (*v)[1] + (*v)[2] + (*v)[3]);
+}
+
 struct masks {
     vec keep, order, shared, write, zero;
 };
@@ -158,6 +164,75 @@ INLINE uint64_t lacking(const uint64_t *p, const uint64_t *wanted, uint64_t n)
     return ret;
 }
 
+INLINE uint64_t valid(uint64_t pfn, uint64_t keep)
+{
+    return pfn & PM_PFN_VALID ? pfn & keep : 0;
+}
+
+INLINE uint64_t fill(uint64_t *entries, const uint64_t *pfns, uint64_t n, uint64_t keep, uint64_t *runs)
+{
+    vec there = {0}, continued = {0};
+    uint64_t i = 1, filled, joined;
+
+    *runs = 0;
+    if (!n)
+        return 0;
+    entries[0] = valid(pfns[0], keep);
+    for (; i + LANES <= n; i += LANES) {
+        vec pfn = *(const vec *)(pfns + i), before = *(const vec *)(pfns + i - 1), here = TOP_BIT(pfn);
+
+        *(vec *)(entries + i) = pfn & ALL(keep) & here;
+        there += here;
+        continued +=
+            here & TOP_BIT(before) & (vec)((pfn & ALL(PM_PFN_MASK)) == (before & ALL(PM_PFN_MASK)) + ALL(1));
+    }
+    filled = (pfns[0] >> 63) + count_lanes(&there);
+    joined = count_lanes(&continued);
+    for (; i < n; i++) {
+        entries[i] = valid(pfns[i], keep);
+        filled += pfns[i] >> 63;
+        joined += pm_pfn_continues(pfns[i], pfns[i - 1]);
+    }
+    *runs = filled - joined;
+    return filled;
+}
+
+INLINE void place(const uint64_t *entries, uint64_t n, struct pm_run at, uint64_t *ret)
+{
+    const vec lanes = {0, 1, 2, 3};
+    vec next = ALL(at.first) + lanes * ALL(at.step);
+    uint64_t i = 0;
+
+    for (; i + LANES <= n; i += LANES) {
+        *(vec *)(ret + i) = next & TOP_BIT(*(const vec *)(entries + i));
+        next += ALL(LANES * at.step);
+    }
+    for (; i < n; i++)
+        ret[i] = entries[i] & PM_ENTRY_VALID ? at.first + i * at.step : 0;
+}
+
+INLINE uint64_t clear(uint64_t *entries, uint64_t n, uint64_t *writable)
+{
+    vec there = {0}, writes = {0};
+    uint64_t i = 0, cleared;
+
+    for (; i + LANES <= n; i += LANES) {
+        vec *at = (vec *)(entries + i), entry = *at;
+
+        there += (vec)(entry != (vec){0});
+        writes += (vec)((entry & ALL(PM_ENTRY_WRITE)) != (vec){0});
+        *at = (vec){0};
+    }
+    cleared = count_lanes(&there);
+    *writable = count_lanes(&writes);
+    for (; i < n; i++) {
+        cleared += entries[i] != 0;
+        *writable += (entries[i] & PM_ENTRY_WRITE) != 0;
+        entries[i] = 0;
+    }
+    return cleared;
+}
+
 /* Every loop twice, for AVX2 and for any processor, under one name. */
 #if defined(__x86_64__)
 #define WIDE static __attribute__((target("avx2"), noinline))
@@ -189,3 +264,8 @@ EACH(bool, same_requests, (const uint64_t *pfns, uint64_t n, uint64_t mask, uint
 EACH(void, requests, (const uint64_t *pfns, uint64_t n, uint64_t mask, uint64_t flags, uint64_t *ret),
      (pfns, n, mask, flags, ret))
 EACH(uint64_t, lacking, (const uint64_t *pfns, const uint64_t *wanted, uint64_t n), (pfns, wanted, n))
+EACH(uint64_t, fill, (uint64_t *entries, const uint64_t *pfns, uint64_t n, uint64_t keep, uint64_t *runs),
+     (entries, pfns, n, keep, runs))
+EACH(void, place, (const uint64_t *entries, uint64_t n, struct pm_run at, uint64_t *ret),
+     (entries, n, at, ret))
+EACH(uint64_t, clear, (uint64_t *entries, uint64_t n, uint64_t *writable), (entries, n, writable))

@@ -40,5 +40,20 @@ bool pm_entries_same_requests(const uint64_t *pfns, uint64_t n, uint64_t mask, u
 void pm_entries_requests(const uint64_t *pfns, uint64_t n, uint64_t mask, uint64_t flags, uint64_t *ret);
 /* The bits that are wanted somewhere and not there. */
 uint64_t pm_entries_lacking(const uint64_t *pfns, const uint64_t *wanted, uint64_t n);
+/* Is it the page after that one in memory, both being valid? */
+static inline bool pm_pfn_continues(uint64_t pfn, uint64_t before)
+{
+    return (pfn & before & PM_PFN_VALID) && (pfn & PM_PFN_MASK) == (before & PM_PFN_MASK) + 1;
+}
+
+/*
+ * Entries of a DMA mapping: the pfns that are valid, with the bits of `keep`, 0 elsewhere. Returns how many
+ * are valid; *runs: in how many stretches of pages that lie one after the other in memory.
+ */
+uint64_t pm_entries_fill(uint64_t *entries, const uint64_t *pfns, uint64_t n, uint64_t keep, uint64_t *runs);
+/* Where a device finds them: the address of the run `at` for each valid entry, 0 for others. */
+void pm_entries_place(const uint64_t *entries, uint64_t n, struct pm_run at, uint64_t *ret);
+/* Make all 0. Returns how many were not; *writable: how many of them with WRITE. */
+uint64_t pm_entries_clear(uint64_t *entries, uint64_t n, uint64_t *writable);
 
 #endif
