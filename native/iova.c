@@ -2,9 +2,9 @@
 /*
  * iova.c - the IOVA allocator: which DMA addresses of a domain are given out.
  *
- * Top-down below a limit, size-aligned, as the kernel's. Small sizes are rounded up to a power of two, and
- * those freed last wait in a magazine of their size to be given out again. What backs an IOVA is no matter
- * here.
+ * Top-down below a limit, size-aligned, as the kernel's. Small sizes are rounded up to a power of two. Powers
+ * of two up to a huge page that were freed last wait in a magazine of their size to be given out again. What
+ * backs an IOVA is no matter here.
  */
 #include "iova.h"
 
@@ -16,7 +16,8 @@
 #include "internal.h"
 
 enum {
-    MAGAZINE_SIZES = 6,       /* 1, 2, 4, ... 32 pages */
+    ROUNDED_PAGES = 32,       /* up to here sizes are rounded up to a power of two */
+    MAGAZINE_SIZES = 10,      /* 1, 2, 4, ... 512 pages */
     MAGAZINE_DEPTH = 8 * 127, /* as many as eight of the kernel's magazines */
     RESERVED_MAX = 64,
     MAX_ALIGN_ORDER = 18, /* 1 GiB, the largest page that an IOMMU maps */
@@ -53,7 +54,7 @@ static uint64_t power_of_two(uint64_t pages)
 /* How many pages an allocation really takes. */
 static uint64_t rounded(uint64_t pages)
 {
-    return pages <= 1ULL << (MAGAZINE_SIZES - 1) ? power_of_two(pages) : pages;
+    return pages <= ROUNDED_PAGES ? power_of_two(pages) : pages;
 }
 
 static struct magazine *magazine_of(struct pm_iova_space *space, uint64_t taken)

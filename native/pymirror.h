@@ -429,8 +429,8 @@ void pm_iova_destroy(pm_iova_space *space);
 int pm_iova_reserve(pm_iova_space *space, uint64_t first, uint64_t last);
 /*
  * An IOVA of whole pages for size bytes, the highest that ends at limit_last or below, aligned to the size as
- * rounded up to a power of two, at most to 1 GiB. Up to 32 pages that many are taken, too, and one freed
- * lately is preferred. -ENOSPC, -ENOMEM, -EINVAL (size 0).
+ * rounded up to a power of two, at most to 1 GiB. Up to 32 pages that many are taken, too. A power of two up
+ * to 2 MiB is rather one freed lately. -ENOSPC, -ENOMEM, -EINVAL (size 0).
  */
 int pm_iova_alloc(pm_iova_space *space, uint64_t size, uint64_t limit_last, uint64_t *ret);
 /* Give it back. -ENOENT when it is not live, -EINVAL when the size is another. */

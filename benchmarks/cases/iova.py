@@ -73,5 +73,5 @@ def iova(spaces: dict[int, Space]) -> Iterator[Sides]:
 @benchmark("iova-large", goal=1.5, unit="us", fixture=spaces)
 @contextmanager
 def iova_large(spaces: dict[int, Space]) -> Iterator[Sides]:
-    """The same with IOVAs of 2 MiB, which no magazine keeps."""
+    """The same with IOVAs of 2 MiB."""
     yield sides(spaces, 512 * PAGE)
