@@ -172,10 +172,10 @@ def check_mremap(
         wrong = f"flags {flags:#x} has bits beyond MREMAP_MAYMOVE, MREMAP_FIXED and MREMAP_DONTUNMAP"
         hint = "give these bits only"
     elif (fixed or dontunmap) and not flags & MREMAP_MAYMOVE:
-        wrong = "MREMAP_FIXED and MREMAP_DONTUNMAP go with MREMAP_MAYMOVE only"
+        wrong = "MREMAP_FIXED and MREMAP_DONTUNMAP need MREMAP_MAYMOVE"
         hint = f"give flags={flags | MREMAP_MAYMOVE:#x}"
     elif bool(fixed) != (new_addr is not None):
-        wrong = "MREMAP_FIXED and new_addr go together only"
+        wrong = "MREMAP_FIXED needs new_addr, and new_addr needs it"
         hint = "give both, or none of them"
     elif new_size <= 0:
         wrong = f"new size {new_size}"

@@ -159,7 +159,7 @@ class PinnedPages(RangeBase):
             if ret < 0:
                 self._check(f"PinnedPages.{what}")
                 at = self.start + offset + done
-                wrong = f"PinnedPages.{what} of {self!r}, after {done} of {size} bytes,"
+                wrong = f"PinnedPages.{what} of {self!r}, after {done} of {size} bytes"
                 raise error(-ret, wrong, addr=at, hint=_HINTS.get(-ret))
 
     def _check_inside(self, what: str, offset: int, size: int) -> None:

@@ -203,7 +203,7 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
     if map.notifier.read_retry(seq):
         raise error(
             errno.EBUSY,
-            f"hmm_dma_map_pfn: entry {idx} of {map!r} was invalidated since sequence {seq},",
+            f"hmm_dma_map_pfn: entry {idx} of {map!r} was invalidated since sequence {seq}",
             addr=map.start + idx * map.dma_entry_size,
             mm=map.notifier.mm,
             hint="hmm_dma_unmap_pfn() it, read_begin() for a fresh sequence, and fault it again",

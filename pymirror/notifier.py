@@ -15,6 +15,7 @@ stats; every other call of the library raises EDEADLK there.
 from __future__ import annotations
 
 import errno
+import operator
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,17 @@ _WATCH_LIMIT = 1 << 46
 Invalidate = Callable[["IntervalNotifier", MmuNotifierRange, int], Any]
 
 
+def _no_attribute(owner: object, name: str) -> AttributeError:
+    """Of a notifier: it says so when ``super().__init__()`` was forgotten, which is not seen otherwise."""
+    kind = type(owner).__name__
+    text = f"{kind!r} object has no attribute {name!r}"
+    try:
+        object.__getattribute__(owner, "_state")
+    except AttributeError:
+        text += f": super().__init__() has not run; do: call super().__init__(mm, ...) in {kind}.__init__()"
+    return AttributeError(text, name=name, obj=owner)
+
+
 class MmuNotifier:
     """``struct mmu_notifier``: subclass it and override what you need. Registered by its construction.
 
@@ -69,6 +81,11 @@ class MmuNotifier:
         self.__notifiers = mm.notifiers
         self.__notifiers.register(self)
         mm._watch_regions()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise _no_attribute(self, name)
 
     def invalidate_range_start(self, range: MmuNotifierRange) -> Any:
         """[range.start, range.end) is about to change, or did (range.guarantee): stop using what you know of
@@ -142,6 +159,7 @@ class IntervalNotifier:
         EOVERFLOW when the interval is empty or ends beyond 2**64, EINVAL without a callback or with half of a
         two-pass pair, ESRCH on a closed mm, EDEADLK inside a callback.
         """
+        start, length = operator.index(start), operator.index(length)
         self._native = None
         self._state = State.NEW
         self._cookie = 0
@@ -166,8 +184,13 @@ class IntervalNotifier:
 
     def __del__(self, put: Callable[[Any], None] = lib.pm_sub_put) -> None:
         # Here and not in remove(): another thread may still be inside a native call on it.
-        if self._native is not None:
-            put(self._native)
+        if (native := getattr(self, "_native", None)) is not None:
+            put(native)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise _no_attribute(self, name)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.start:#x}-{self.start + self.length:#x}>"

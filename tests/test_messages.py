@@ -79,9 +79,28 @@ def test_a_float_is_no_address(made: World) -> None:
         lambda: made.device.read(made.mm, half, 8),
         lambda: made.table.clear(made.start, half),
         lambda: made.mm.watch(made.start, half),
+        lambda: pm.IntervalNotifier(made.mm, half, 4096, print),
     ):
         with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
             call()
+
+
+@pytest.mark.parametrize("kind", [pm.MmuNotifier, pm.Mirror, pm.IntervalNotifier])
+def test_a_forgotten_super_init_is_told(kind: type) -> None:
+    class Forgets(kind):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.mine = 1
+
+    made = Forgets()
+    with pytest.raises(AttributeError, match=r"'mm': .*; do: call super\(\).__init__\(mm, ...\) in Forgets"):
+        made.mm  # noqa: B018
+    assert made.mine == 1
+
+
+def test_other_missing_attributes_are_as_ever(mm: pm.AddressSpace) -> None:
+    for notifier in (pm.Mirror(mm), pm.IntervalNotifier(mm, 0, 4096, print)):
+        with pytest.raises(AttributeError, match=r"has no attribute 'nothing'$"):
+            notifier.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.ENOSYS])
