@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pymirror.features import probe
 
 TESTS = Path(__file__).parent
 BIN = Path(sys.executable).parent
+WAIT_S = 150
 #: What would take too long, or run this very test: what is run in its place.
 _SMALL = "--scale 256 --rounds 2"
 STANDS_IN = {
@@ -61,12 +63,14 @@ def environment() -> dict[str, str]:
     return env | {"PATH": f"{BIN}:{env['PATH']}", "COLUMNS": "120"}
 
 
+@functools.cache
 def run(command: str) -> subprocess.CompletedProcess[str]:
+    """Once, however many pages show it."""
     return subprocess.run(
         ["bash", "-c", command.replace(".venv/bin/", f"{BIN}/")],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=WAIT_S,
         cwd=ROOT,
         env=environment(),
         check=False,
@@ -107,6 +111,7 @@ def test_python(page: Path) -> None:
         docpages.assert_shows(shown.splitlines(), printed[str(block.line)])
 
 
+@pytest.mark.timeout(WAIT_S + 10)
 @pytest.mark.parametrize(("block", "command"), COMMANDS)
 def test_a_command(block: Block, command: Command, request: pytest.FixtureRequest) -> None:
     key = (docpages.name_of(block.page), command.command)
