@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter_ns
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 import pymirror as pm
 from benchmarks.cases.fault import timed_fault
 from benchmarks.floors import floor
-from benchmarks.memory import PAGE, expect, mirrored, small_buffer
+from benchmarks.memory import PAGE, expect, mirrored, small_buffer, small_pages
 from benchmarks.registry import Scale, Sides, benchmark
 
 #: For each mapped page, besides a constant for a range.
@@ -58,6 +58,48 @@ def hmm_dma_unmap(scale: Scale) -> Iterator[Sides]:
 
         rng.pfn_flags_mask = 0
         yield Sides(ours, lambda: timed_fault(rng))
+
+
+@contextmanager
+def many_mapped(count: int) -> Iterator[tuple[list[pm.Range], pm.Device]]:
+    """So many ranges of a page, all mapped for one device."""
+    device = pm.Device("bench")
+    with pm.AddressSpace() as mm, pm.Mirror(mm) as mirror, ExitStack() as stack:
+        memory = small_pages(mm, count * PAGE)
+        memory.bytes[:] = 1
+        ranges = []
+        for addr in range(memory.start, memory.end, PAGE):
+            rng = stack.enter_context(mirror.range(addr, addr + PAGE))
+            rng.default_flags = pm.HMM_PFN_REQ_FAULT | pm.HMM_PFN_REQ_WRITE
+            rng.wait_until_valid()
+            pm.hmm_range_dma_map(rng, device)
+            ranges.append(rng)
+        yield ranges, device
+        for rng in ranges:
+            pm.hmm_range_dma_unmap(rng, device)
+
+
+@benchmark("hmm-dma-many", goal=1.5, unit="us", rounds=40)
+@contextmanager
+def hmm_dma_many(scale: Scale) -> Iterator[Sides]:
+    """hmm_range_dma_unmap and map of one page among 10^4 mapped ranges; against the same among 10."""
+    few, many = scale.count(10), scale.count(10_000)
+    with many_mapped(many) as among_many, many_mapped(few) as among_few:
+
+        def turns(among: tuple[list[pm.Range], pm.Device], times: int = 1000) -> float:
+            ranges, device = among
+            unmap, remap = pm.hmm_range_dma_unmap, pm.hmm_range_dma_map
+            picked = [ranges[i % len(ranges)] for i in range(0, times * 7, 7)]
+            taken = 0
+            start = perf_counter_ns()
+            for rng in picked:
+                taken += unmap(rng, device)
+                remap(rng, device)
+            ns = perf_counter_ns() - start
+            expect(taken == times, f"{taken} of {times} pages were mapped")
+            return ns / times
+
+        yield Sides(lambda: turns(among_many), lambda: turns(among_few))
 
 
 @benchmark("gup-dma-map", goal=None, unit="us", rounds=60, setups=3)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,7 +46,8 @@ class DmaDevice(DmaEngine, DriverMemory):
         self.dma_mask = _check_mask(name, dma_mask)
         self._iommu = iommu
         self._domain: DmaDomain | None = None
-        self._range_mappings: list[tuple[RangeBase, DmaMapping]] = []
+        self._range_mappings: dict[RangeBase, list[DmaMapping]] = {}
+        self._ranges_lock = threading.Lock()
         self._init_driver_memory(name, swiotlb)
 
     @property
@@ -57,11 +59,13 @@ class DmaDevice(DmaEngine, DriverMemory):
 
     def _add_range_mapping(self, rng: RangeBase, mapping: DmaMapping) -> None:
         """A range is mapped; it is kept alive until it is not."""
-        self._range_mappings.append((rng, mapping))
+        with self._ranges_lock:
+            self._range_mappings.setdefault(rng, []).append(mapping)
 
     def _range_mapping(self, rng: RangeBase, daddrs: PfnArray | None) -> DmaMapping | None:
         """The range's mapping that gave these DMA addresses, or its last one. EINVAL for others'."""
-        found = [mapping for owner, mapping in self._range_mappings if owner is rng]
+        with self._ranges_lock:
+            found = list(self._range_mappings.get(rng, ()))
         if daddrs is None or not daddrs.any():
             return found[-1] if found and daddrs is None else None
         page = int(np.flatnonzero(daddrs)[0])
@@ -76,7 +80,12 @@ class DmaDevice(DmaEngine, DriverMemory):
 
     def _drop_range_mapping(self, rng: RangeBase, mapping: DmaMapping) -> None:
         """It is unmapped."""
-        self._range_mappings[:] = [one for one in self._range_mappings if one[1] is not mapping]
+        with self._ranges_lock:
+            left = [one for one in self._range_mappings.get(rng, ()) if one is not mapping]
+            if left:
+                self._range_mappings[rng] = left
+            else:
+                self._range_mappings.pop(rng, None)
 
     def _check_mirrorable(self, what: str) -> None:
         """EOPNOTSUPP where bounce buffers would stand between the device and some pages."""
