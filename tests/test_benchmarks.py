@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from benchmarks import cases, floors
 from benchmarks.__main__ import main
 from benchmarks.cases.fault import by_loop, by_numpy
 from benchmarks.measure import Result, Samples, measure
-from benchmarks.memory import PAGE, WorkError, expect, small_pages
+from benchmarks.memory import PAGE, WorkError, expect, mirrored, small_pages
 from benchmarks.registry import Benchmark, Scale, Sides, only_scale, registered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +122,40 @@ def test_the_alternatives_of_fault_warm_find_the_same_pfns() -> None:
             assert np.count_nonzero(rng.pfns) == 32
             assert list(by_numpy(data)) == list(rng.pfns)
             assert by_loop(data) == list(rng.pfns)
+
+
+class Mallinfo(ctypes.Structure):
+    """``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def allocated() -> int:
+    """Bytes that malloc() has given out."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Mallinfo
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def test_what_dma_bytes_per_page_says_is_what_the_allocator_gave() -> None:
+    npages, device = 16384, pm.Device("d")
+    with mirrored(npages * PAGE) as (_, rng):
+        out = np.empty(npages, np.uint64)
+        pm.hmm_range_dma_map(rng, device, out=out)
+        pm.hmm_range_dma_unmap(rng, device)
+        before = allocated()
+        pm.hmm_range_dma_map(rng, device, out=out)
+        given, told = allocated() - before, device.domain.stats()["bytes"]
+        pm.hmm_range_dma_unmap(rng, device)
+    assert abs(given - told) < 4096
+    assert told < npages * 16
 
 
 @pytest.mark.parametrize("name", FLOORS)
