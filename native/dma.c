@@ -134,7 +134,7 @@ static int64_t access_next(struct pm_domain *domain, struct pm_dma_access *acces
     piece.at = (page << PM_PAGE_SHIFT) + addr % PM_PAGE_SIZE;
     piece.len = pm_min(piece.len, run_bytes);
     n = access_dmap(&piece, access);
-    pm_dmap_put(piece.dmap);
+    pm_dmap_drop(piece.dmap);
     return n;
 }
 

@@ -69,12 +69,17 @@ static void free_dmap(struct pm_dmap *dmap)
     free(dmap);
 }
 
+void pm_dmap_drop(struct pm_dmap *dmap)
+{
+    if (pm_domain_owned(dmap->domain) && atomic_fetch_sub(&dmap->refs, 1) == 1)
+        free_dmap(dmap);
+}
+
+/* Out of the tree first: a look-up must not find what has no reference, nor a lazy domain keep it. */
 void pm_dmap_put(pm_dmap *dmap)
 {
-    if (!pm_domain_owned(dmap->domain) || atomic_fetch_sub(&dmap->refs, 1) != 1)
-        return;
     pm_dmap_unmap(dmap, NULL);
-    free_dmap(dmap);
+    pm_dmap_drop(dmap);
 }
 
 /* Pages that whole huge entries stand for, beyond the one entry of each. */
@@ -199,10 +204,11 @@ static int check_options(const struct pm_dmap_options *opt)
     if (opt->n == 0 || opt->n > user_end >> PM_PAGE_SHIFT || opt->direction >= PM_DMA_NONE ||
         (opt->flags & ~flags) || ((opt->flags & flags) && direct) || opt->start >= user_end)
         return -EINVAL;
-    if ((opt->flags & PM_DMAP_AT) && (opt->iova % PM_PAGE_SIZE || opt->iova == 0))
+    if ((opt->flags & PM_DMAP_AT) &&
+        (opt->iova % PM_PAGE_SIZE || opt->iova == 0 || -opt->iova < opt->n << PM_PAGE_SHIFT))
         return -EINVAL;
     if (opt->source == PM_DMA_KERNEL)
-        return opt->size && opt->start % PM_PAGE_SIZE + opt->size <= opt->n << PM_PAGE_SHIFT ? 0 : -EINVAL;
+        return opt->size && opt->size <= (opt->n << PM_PAGE_SHIFT) - opt->start % PM_PAGE_SIZE ? 0 : -EINVAL;
     if (opt->start % PM_PAGE_SIZE || user_end - opt->start < opt->n << PM_PAGE_SHIFT)
         return -EINVAL;
     if (opt->source == PM_DMA_PIN)
@@ -277,6 +283,7 @@ static int commit(struct pm_dmap *dmap, const struct pm_dmap_options *opt)
     dmap->by_addr.last = dmap->start + (dmap->n << PM_PAGE_SHIFT) - 1;
     pm_itree_insert(&dmap->mm->dmaps, &dmap->by_addr);
     dmap->fenceable = true;
+    atomic_fetch_add(&dmap->mm->ndmaps, 1);
     pm_domain_insert(dmap->domain, dmap);
     return 0;
 }
@@ -294,6 +301,8 @@ int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret)
         return err;
     if (opt->daddrs)
         give_addresses(dmap, opt->daddrs);
+    /* Before the commit: from then on an invalidation may drop some of them again. */
+    atomic_fetch_add(&dmap->domain->pages, dmap->linked);
     pm_point(PM_POINT_DMA_MAP_BEFORE_COMMIT);
     if (fences(dmap)) {
         pm_lock(dmap->mm);
@@ -306,10 +315,12 @@ int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret)
     }
     pm_point(PM_POINT_DMA_MAP_AFTER_COMMIT);
     if (err) {
+        if (opt->daddrs)
+            memset(opt->daddrs, 0, opt->n * sizeof(*opt->daddrs));
+        atomic_fetch_sub(&dmap->domain->pages, dmap->linked);
         unplace(dmap);
         return err;
     }
-    atomic_fetch_add(&dmap->domain->pages, dmap->linked);
     *ret = dmap;
     return 0;
 }
@@ -374,10 +385,31 @@ static void wait_for_copies(struct pm_dmap *dmap)
         continue;
 }
 
-int64_t pm_dmap_unlink(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writable)
+/* With the entries locked. */
+static uint64_t take_out(struct pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writable)
+{
+    uint64_t writes, taken = pm_entries_clear(dmap->entry + first, n, &writes);
+
+    dmap->linked -= taken;
+    if (writable)
+        *writable = writes;
+    return taken;
+}
+
+/* With the entries locked: no access of these pages is under way any more, also if another call took them. */
+static void settle(struct pm_dmap *dmap, uint64_t first, uint64_t n)
 {
     uint64_t start = dmap->start + (first << PM_PAGE_SHIFT);
-    uint64_t taken, writes;
+
+    if (fences(dmap))
+        pm_access_expel(dmap->mm, start, start + (n << PM_PAGE_SHIFT) - 1);
+    else
+        wait_for_copies(dmap);
+}
+
+int64_t pm_dmap_unlink(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writable)
+{
+    uint64_t taken;
 
     if (writable)
         *writable = 0;
@@ -387,35 +419,28 @@ int64_t pm_dmap_unlink(pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t *writ
         return -EINVAL;
     pm_point(PM_POINT_DMA_UNMAP);
     lock_entries(dmap);
-    taken = pm_entries_clear(dmap->entry + first, n, &writes);
-    dmap->linked -= taken;
-    if (taken && fences(dmap))
-        pm_access_expel(dmap->mm, start, start + (n << PM_PAGE_SHIFT) - 1);
-    else if (taken)
-        wait_for_copies(dmap);
+    taken = take_out(dmap, first, n, writable);
+    settle(dmap, first, n);
     unlock_entries(dmap);
     if (taken)
         atomic_fetch_add(&dmap->domain->flushes, !pm_domain_direct(dmap->domain));
     atomic_fetch_sub(&dmap->domain->pages, taken);
-    if (writable)
-        *writable = writes;
     return (int64_t)taken;
 }
 
+/* With the entries locked, in one step with the last of them: nothing is linked that no fence would find. */
 static void leave_mm(struct pm_dmap *dmap)
 {
-    if (!fences(dmap))
+    if (!dmap->fenceable)
         return;
-    pm_lock(dmap->mm);
-    if (dmap->fenceable)
-        pm_itree_remove(&dmap->mm->dmaps, &dmap->by_addr);
+    pm_itree_remove(&dmap->mm->dmaps, &dmap->by_addr);
     dmap->fenceable = false;
-    pm_unlock(dmap->mm);
+    atomic_fetch_sub(&dmap->mm->ndmaps, 1);
 }
 
 int64_t pm_dmap_unmap(pm_dmap *dmap, uint64_t *writable)
 {
-    int64_t taken;
+    uint64_t taken;
 
     if (writable)
         *writable = 0;
@@ -423,12 +448,17 @@ int64_t pm_dmap_unmap(pm_dmap *dmap, uint64_t *writable)
         return -ESRCH;
     if (!pm_domain_remove(dmap->domain, dmap))
         return 0;
-    taken = pm_dmap_unlink(dmap, 0, dmap->n, writable);
+    pm_point(PM_POINT_DMA_UNMAP);
+    lock_entries(dmap);
+    taken = take_out(dmap, 0, dmap->n, writable);
     leave_mm(dmap);
+    settle(dmap, 0, dmap->n);
+    unlock_entries(dmap);
+    atomic_fetch_sub(&dmap->domain->pages, taken);
     if (dmap->pin)
         pm_pin_unhold(dmap->pin);
     pm_domain_give_back(dmap->domain, dmap);
-    return taken;
+    return (int64_t)taken;
 }
 
 void pm_dmap_dirtied(pm_dmap *dmap, uint64_t pages)

@@ -107,7 +107,7 @@ static void free_batch(struct pm_dmap **batch, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
         pm_dmap_free_iovas(batch[i]);
-        pm_dmap_put(batch[i]);
+        pm_dmap_drop(batch[i]);
     }
 }
 
@@ -143,8 +143,17 @@ void pm_domain_put(pm_domain *domain)
 {
     if (!pm_domain_owned(domain))
         return;
+    pthread_mutex_lock(&domain->lock);
+    domain->abandoned = true;
+    pthread_mutex_unlock(&domain->lock);
     pm_domain_flush(domain);
     pm_domain_drop(domain);
+}
+
+/* IOVAs that the caller gives out again are not kept back. */
+static bool is_lazy(const struct pm_domain *domain, const struct pm_dmap *dmap)
+{
+    return (domain->flags & PM_DOMAIN_LAZY) && dmap->iova_size;
 }
 
 /* False if it was not there any more: another thread has taken it out. Its IOVAs are not free yet. */
@@ -162,7 +171,7 @@ bool pm_domain_remove(struct pm_domain *domain, struct pm_dmap *dmap)
         domain->segments -= dmap->segments;
         domain->entries -= dmap->entries;
         domain->bytes -= dmap->bytes;
-        if (!(domain->flags & PM_DOMAIN_LAZY))
+        if (!is_lazy(domain, dmap))
             iotlb_drop(domain, dmap);
     }
     pthread_mutex_unlock(&domain->lock);
@@ -171,21 +180,20 @@ bool pm_domain_remove(struct pm_domain *domain, struct pm_dmap *dmap)
 
 void pm_domain_give_back(struct pm_domain *domain, struct pm_dmap *dmap)
 {
-    bool full;
+    struct pm_dmap *batch[PM_LAZY_MAX];
+    uint32_t n = 0;
 
-    if (pm_domain_direct(domain))
-        return;
-    if (!(domain->flags & PM_DOMAIN_LAZY)) {
+    if (!is_lazy(domain, dmap)) {
         pm_dmap_free_iovas(dmap);
         return;
     }
     pthread_mutex_lock(&domain->lock);
     pm_dmap_get(dmap);
     domain->lazy[domain->nlazy++] = dmap;
-    full = domain->nlazy == PM_LAZY_MAX;
+    if (domain->nlazy == PM_LAZY_MAX || domain->abandoned)
+        n = take_batch(domain, batch);
     pthread_mutex_unlock(&domain->lock);
-    if (full)
-        pm_domain_flush(domain);
+    free_batch(batch, n);
 }
 
 int pm_domain_alloc(struct pm_domain *domain, uint64_t size, uint64_t limit, uint64_t *ret)

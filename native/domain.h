@@ -60,6 +60,7 @@ struct pm_domain {
     struct pm_iotlb_entry iotlb[PM_IOTLB_SIZE];
     struct pm_dmap *lazy[PM_LAZY_MAX]; /* unmapped; their IOVAs are not free yet */
     uint32_t nlazy;
+    bool abandoned; /* by its maker: nobody flushes it any more; under the lock */
     uint64_t mappings, hits, misses, stale, segments, entries, bytes;
     atomic_uint_least64_t flushes, fenced, pages, dirtied;
 };
@@ -89,6 +90,7 @@ struct pm_dmap *pm_domain_lookup(struct pm_domain *domain, uint64_t addr, bool w
 int pm_domain_alloc(struct pm_domain *domain, uint64_t size, uint64_t limit, uint64_t *ret);
 
 void pm_dmap_get(struct pm_dmap *dmap);
+void pm_dmap_drop(struct pm_dmap *dmap);
 /* Is the byte `at` of its pages mapped, and may a device read or write it? Its entries may still say no. */
 bool pm_dmap_holds(const struct pm_dmap *dmap, uint64_t at);
 bool pm_dmap_permits(const struct pm_dmap *dmap, bool write);

@@ -213,6 +213,7 @@ struct pm_mm {
     struct pm_table *tables;
     atomic_int ntables;
     struct pm_inode *dmaps; /* DMA mappings, by address */
+    atomic_int ndmaps;      /* length of dmaps */
     struct pm_inflight *inflight;
     /* The monitor reads events: their system calls may have returned before sequence numbers have moved. */
     atomic_bool reading;
@@ -302,8 +303,8 @@ void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t s
 /* Drop the entries that seq fenced: its callbacks were not all asked to. */
 void pm_tables_drop(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq);
 
-/* verify.c: pfns of [start, end) as just read against the device tables: 0, -ESTALE and the first changed
- * run, or -EBUSY: a table has what is newer than pfns */
+/* verify.c: pfns of [start, end) as just read against the device tables and the DMA mappings: 0, -ESTALE and
+ * the first changed run, or -EBUSY: one of them has what is newer than pfns */
 int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint64_t *pfns, uint64_t *cs,
                      uint64_t *ce);
 

@@ -395,6 +395,14 @@ static void *keep_reading(void *arg)
     return NULL;
 }
 
+static pm_dmap *created;
+
+static void *create_main(void *arg)
+{
+    CHECK_EQ(pm_dmap_create(arg, &created), 0);
+    return NULL;
+}
+
 static void threads_read_while_it_is_mapped_and_unmapped(void)
 {
     struct reader reader = {0};
@@ -413,6 +421,145 @@ static void threads_read_while_it_is_mapped_and_unmapped(void)
     CHECK(reader.reads > 0);
 }
 
+static void *map_and_unmap(void *arg)
+{
+    struct pm_dmap_options opt = {.domain = domain,
+                                  .start = addr_of(mem),
+                                  .n = 1,
+                                  .size = PAGE,
+                                  .mask = UINT64_MAX,
+                                  .source = PM_DMA_KERNEL};
+
+    for (int i = 0; i < *(int *)arg; i++) {
+        pm_dmap *dmap;
+
+        if (!CHECK_EQ(pm_dmap_create(&opt, &dmap), 0))
+            break;
+        unmap(dmap, 1);
+    }
+    return NULL;
+}
+
+static void threads_unmap_lazily(void)
+{
+    enum { THREADS = 4 };
+    int times = 5000;
+    pthread_t thread[THREADS];
+
+    pm_domain_put(domain);
+    domain = new_domain(PM_DOMAIN_LAZY);
+    for (int i = 0; i < THREADS; i++)
+        CHECK_EQ(pthread_create(&thread[i], NULL, map_and_unmap, &times), 0);
+    for (int i = 0; i < THREADS; i++)
+        pthread_join(thread[i], NULL);
+    CHECK_EQ(stats().lazy_pending, THREADS * (uint64_t)times % 256);
+}
+
+static void what_is_put_while_it_is_mapped_waits_for_the_flush(void)
+{
+    struct pm_dma_access access;
+    char c;
+
+    pm_domain_put(domain);
+    domain = new_domain(PM_DOMAIN_LAZY);
+    pm_dmap_put(map(WANT_READ));
+    CHECK_EQ(stats().mappings, 0);
+    CHECK_EQ(stats().lazy_pending, 1);
+    CHECK_EQ(dma(daddrs[0], &c, 1, 0, &access), -EFAULT);
+    CHECK_EQ(pm_domain_flush(domain), 1);
+}
+
+/* LeakSanitizer tells: the domain and the last mapping would keep each other. */
+static void a_lazy_domain_goes_with_its_last_mapping(void)
+{
+    pm_domain *lazy = new_domain(PM_DOMAIN_LAZY), *kept = domain;
+    pm_dmap *dmap;
+
+    domain = lazy;
+    dmap = map(WANT_READ);
+    pm_domain_put(lazy);
+    domain = kept;
+    CHECK_EQ(pm_dmap_unmap(dmap, NULL), PAGES);
+    CHECK_EQ(pm_domain_flush(lazy), 0);
+    pm_dmap_put(dmap);
+}
+
+static void iovas_of_the_callers_are_free_at_once(void)
+{
+    struct pm_dmap_options opt = {.domain = domain,
+                                  .start = addr_of(mem),
+                                  .n = 1,
+                                  .size = PAGE,
+                                  .mask = UINT64_MAX,
+                                  .source = PM_DMA_KERNEL,
+                                  .flags = PM_DMAP_AT};
+    pm_dmap *dmap;
+    char c;
+
+    pm_domain_put(domain);
+    opt.domain = domain = new_domain(PM_DOMAIN_LAZY);
+    NEED_EQ(pm_iova_alloc(pm_domain_iovas(domain), PAGE, UINT64_MAX, &opt.iova), 0);
+    for (int i = 0; i < 2; i++) {
+        NEED_EQ(pm_dmap_create(&opt, &dmap), 0);
+        CHECK_EQ(dma(opt.iova, &c, 1, 0, NULL), 0);
+        unmap(dmap, 1);
+    }
+    CHECK_EQ(stats().iotlb_stale, 0);
+    CHECK_EQ(pm_iova_free(pm_domain_iovas(domain), opt.iova, PAGE), 0);
+}
+
+static void one_unmapping_is_one_flush(void)
+{
+    unmap(map(WANT_READ), PAGES);
+    CHECK_EQ(stats().iotlb_flushes, 1);
+}
+
+static void what_is_refused_gives_no_addresses(void)
+{
+    struct pm_dmap_options opt = mirror(fault(WANT_READ));
+    pm_dmap *dmap = NULL;
+
+    invalidate(0, 1, true);
+    CHECK_EQ(pm_dmap_create(&opt, &dmap), -EBUSY);
+    for (int i = 0; i < PAGES; i++)
+        CHECK_EQ(daddrs[i], 0);
+}
+
+static void extents_beyond_64_bits_are_refused(void)
+{
+    struct pm_dmap_options opt = {.domain = domain,
+                                  .start = addr_of(mem) + 100,
+                                  .n = 1,
+                                  .size = UINT64_MAX - 50,
+                                  .mask = UINT64_MAX,
+                                  .source = PM_DMA_KERNEL};
+    pm_dmap *dmap = NULL;
+
+    CHECK_EQ(pm_dmap_create(&opt, &dmap), -EINVAL);
+    opt.n = 2;
+    opt.size = PAGE;
+    opt.flags = PM_DMAP_AT;
+    opt.iova = -(uint64_t)PAGE;
+    CHECK_EQ(pm_dmap_create(&opt, &dmap), -EINVAL);
+}
+
+/* What a refused invalidation drops is not counted twice, if it comes before the call that maps is over. */
+static void pages_are_counted_from_the_commit_on(void)
+{
+    struct pm_dmap_options opt = mirror(fault(WANT_READ));
+    pthread_t thread;
+
+    NEED_EQ(pm_point_arm(PM_POINT_DMA_MAP_AFTER_COMMIT), 0);
+    NEED_EQ(pthread_create(&thread, NULL, create_main, &opt), 0);
+    NEED_EQ(pm_point_wait(PM_POINT_DMA_MAP_AFTER_COMMIT, SECOND), 0);
+    invalidate(0, 10, false);
+    CHECK_EQ(stats().mapped_pages, PAGES - 10);
+    pm_point_release(PM_POINT_DMA_MAP_AFTER_COMMIT);
+    pthread_join(thread, NULL);
+    CHECK_EQ(stats().mapped_pages, PAGES - 10);
+    unmap(created, PAGES - 10);
+}
+
 static const struct test tests[] = {
     TEST(reads_and_writes_through_it),
     TEST(what_is_not_there_has_no_address),
@@ -428,6 +575,14 @@ static const struct test tests[] = {
     TEST(without_an_iommu_the_address_is_the_pages_own),
     TEST(a_closed_mm_is_fenced),
     TEST(no_memory_leaves_nothing),
+    TEST(threads_unmap_lazily),
+    TEST(what_is_put_while_it_is_mapped_waits_for_the_flush),
+    TEST(a_lazy_domain_goes_with_its_last_mapping),
+    TEST(iovas_of_the_callers_are_free_at_once),
+    TEST(one_unmapping_is_one_flush),
+    TEST(what_is_refused_gives_no_addresses),
+    TEST(extents_beyond_64_bits_are_refused),
+    TEST(pages_are_counted_from_the_commit_on),
     TEST(threads_read_while_it_is_mapped_and_unmapped),
 };
 
