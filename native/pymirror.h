@@ -244,7 +244,7 @@ enum pm_walk_flag {
     PM_WALK_FAULT = 1,   /* fault what is asked for and absent; else only look */
     PM_WALK_NOBLOCK = 2, /* -EAGAIN rather than wait for I/O */
     PM_WALK_STRICT = 4,  /* the series' snapshot: a hole is -EFAULT, an unreadable vma -EPERM */
-    PM_WALK_VERIFY = 8   /* compare with the device tables: -ESTALE names what changed unseen */
+    PM_WALK_VERIFY = 8   /* compare with device tables and DMA mappings: -ESTALE names what changed unseen */
 };
 
 struct pm_walk {

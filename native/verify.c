@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * verify.c - changes of the page table that no event told of, found by comparing it with device tables.
+ * verify.c - changes of the page table that no event told of, found by comparing it with device tables and
+ * with DMA mappings.
  *
  * The kernel tells user space nothing of copy-on-write breaks, swap, page migration, or a foreign mprotect. A
  * device entry remembers the PFN it was made from; a page that is gone or has another PFN is a change to
@@ -8,6 +9,7 @@
  */
 #include <errno.h>
 
+#include "domain.h"
 #include "table.h"
 
 enum { VERIFY_BLOCK = PM_FANOUT };
@@ -93,60 +95,106 @@ static bool pfn_changed(uint64_t entry, uint64_t pfn)
     return !(pfn & PM_PFN_VALID) || pfn_differs(entry, pfn & PM_PFN_MASK);
 }
 
-static int verify_leaf(const struct pm_leaf *leaf, uint64_t addr, uint64_t end, uint64_t start,
-                       const uint64_t *pfns, uint64_t *cs, uint64_t *ce)
-{
-    uint64_t stop = pm_min(end, pm_leaf_first(addr) + PM_HUGE_SIZE);
+/* What the walk has just read, and the lowest changed run of [from, end) so far, which lies in one leaf. */
+struct changed {
+    uint64_t start, from, end;
+    const uint64_t *pfns;
+    uint64_t *cs, *ce;
+    int err;
+};
 
-    for (; addr < stop; addr += PM_PAGE_SIZE) {
-        if (pfn_changed(leaf->entry[pm_leaf_slot(addr)], pfns[(addr - start) >> PM_PAGE_SHIFT]))
-            break;
-    }
-    if (addr == stop)
-        return 0;
-    *cs = addr;
-    for (; addr < stop; addr += PM_PAGE_SIZE) {
-        if (!pfn_changed(leaf->entry[pm_leaf_slot(addr)], pfns[(addr - start) >> PM_PAGE_SHIFT]))
-            break;
-    }
-    *ce = addr;
-    return -ESTALE;
+/* The entries of [addr, stop), where a run below changed->end becomes the one. */
+static void verify_entries(struct changed *changed, const uint64_t *entry, uint64_t addr, uint64_t stop)
+{
+    const uint64_t *pfns = changed->pfns + ((addr - changed->start) >> PM_PAGE_SHIFT);
+    uint64_t n = (stop - addr) >> PM_PAGE_SHIFT, i = 0, first;
+
+    while (i < n && !pfn_changed(entry[i], pfns[i]))
+        i++;
+    if (i == n)
+        return;
+    first = i;
+    n = pm_min(n, i + PM_FANOUT - pm_leaf_slot(addr + (i << PM_PAGE_SHIFT)));
+    while (i < n && pfn_changed(entry[i], pfns[i]))
+        i++;
+    *changed->cs = changed->end = addr + (first << PM_PAGE_SHIFT);
+    *changed->ce = addr + (i << PM_PAGE_SHIFT);
+    changed->err = -ESTALE;
 }
 
-/* With the device lock held: the lowest changed run of [from, end) over all tables. */
-static int first_changed(struct pm_mm *mm, uint64_t from, uint64_t end, uint64_t start, const uint64_t *pfns,
-                         uint64_t *cs, uint64_t *ce)
+static bool verify_dmap(struct pm_inode *node, void *arg)
 {
-    int err = 0;
+    struct pm_dmap *dmap = (struct pm_dmap *)node;
+    struct changed *changed = arg;
+    uint64_t addr = pm_max(changed->from, dmap->start), stop = pm_min(changed->end, node->last + 1);
 
-    for (struct pm_table *table = mm->tables; table && from < end; table = table->next) {
+    if (addr < stop)
+        verify_entries(changed, dmap->entry + ((addr - dmap->start) >> PM_PAGE_SHIFT), addr, stop);
+    return changed->from < changed->end;
+}
+
+/* With the device lock held: the lowest changed run over all tables and DMA mappings. */
+static int first_changed(struct pm_mm *mm, struct changed *changed)
+{
+    uint64_t from = changed->from;
+
+    for (struct pm_table *table = mm->tables; table && from < changed->end; table = table->next) {
         uint64_t addr = from;
         struct pm_leaf *leaf;
 
-        while (from < end && (leaf = pm_table_next_leaf(table, &addr, end - 1))) {
-            if (verify_leaf(leaf, addr, end, start, pfns, cs, ce)) {
-                err = -ESTALE;
-                end = *cs;
-            }
-            addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
+        while (from < changed->end && (leaf = pm_table_next_leaf(table, &addr, changed->end - 1))) {
+            uint64_t next = pm_leaf_first(addr) + PM_HUGE_SIZE;
+
+            verify_entries(changed, leaf->entry + pm_leaf_slot(addr), addr, pm_min(changed->end, next));
+            addr = next;
         }
     }
-    return err;
+    if (from < changed->end)
+        pm_itree_visit(mm->dmaps, from, changed->end - 1, verify_dmap, changed);
+    return changed->err;
 }
 
-static bool changed_in(struct pm_table *table, uint64_t addr, const uint64_t *seen, const uint64_t *pfns,
-                       uint64_t n)
+/* n pages of a leaf, as the pagemap shows them and as the walk has read them. */
+struct seen {
+    uint64_t addr, n;
+    const uint64_t *pagemap, *pfns;
+    bool changed;
+};
+
+static void compare(struct seen *seen, const uint64_t *entry, uint64_t i, uint64_t end)
 {
-    const struct pm_leaf *leaf = pm_table_leaf(table, addr);
-
-    for (uint64_t i = 0; leaf && i < n; i++) {
-        uint64_t entry = leaf->entry[pm_leaf_slot(addr) + i];
-
+    for (; i < end && !seen->changed; i++, entry++) {
         /* A vma that may not be read has its pages still. */
-        if (pm_entry_changed(entry, seen[i]) || ((entry & PM_ENTRY_VALID) && (pfns[i] & PM_PFN_ERROR)))
-            return true;
+        seen->changed = pm_entry_changed(*entry, seen->pagemap[i]) ||
+                        ((*entry & PM_ENTRY_VALID) && (seen->pfns[i] & PM_PFN_ERROR));
     }
-    return false;
+}
+
+static bool compare_dmap(struct pm_inode *node, void *arg)
+{
+    struct pm_dmap *dmap = (struct pm_dmap *)node;
+    struct seen *seen = arg;
+    uint64_t from = pm_max(seen->addr, dmap->start);
+    uint64_t end = pm_min(seen->addr + (seen->n << PM_PAGE_SHIFT), node->last + 1);
+
+    compare(seen, dmap->entry + ((from - dmap->start) >> PM_PAGE_SHIFT), (from - seen->addr) >> PM_PAGE_SHIFT,
+            (end - seen->addr) >> PM_PAGE_SHIFT);
+    return !seen->changed;
+}
+
+/* With the device lock held. */
+static bool changed_in(struct pm_mm *mm, struct seen *seen)
+{
+    for (struct pm_table *table = mm->tables; table && !seen->changed; table = table->next) {
+        const struct pm_leaf *leaf = pm_table_leaf(table, seen->addr);
+
+        if (leaf)
+            compare(seen, leaf->entry + pm_leaf_slot(seen->addr), 0, seen->n);
+    }
+    if (!seen->changed)
+        pm_itree_visit(mm->dmaps, seen->addr, seen->addr + (seen->n << PM_PAGE_SHIFT) - 1, compare_dmap,
+                       seen);
+    return seen->changed;
 }
 
 /*
@@ -155,14 +203,14 @@ static bool changed_in(struct pm_table *table, uint64_t addr, const uint64_t *se
  */
 static int confirm(struct pm_mm *mm, uint64_t addr, uint64_t n, const uint64_t *pfns)
 {
-    uint64_t seen[VERIFY_BLOCK];
-    int err = pm_pagemap_read(mm, addr, n, seen);
+    uint64_t pagemap[VERIFY_BLOCK];
+    struct seen seen = {.addr = addr, .n = n, .pagemap = pagemap, .pfns = pfns};
+    int err = pm_pagemap_read(mm, addr, n, pagemap);
 
     if (err)
         return err;
     pm_lock(mm);
-    for (struct pm_table *table = mm->tables; table && !err; table = table->next)
-        err = changed_in(table, addr, seen, pfns, n) ? -ESTALE : 0;
+    err = changed_in(mm, &seen) ? -ESTALE : 0;
     pm_unlock(mm);
     for (uint64_t i = 0; !err && i < n; i++)
         err = pfns[i] & PM_PFN_VALID ? -EBUSY : 0;
@@ -176,11 +224,13 @@ int pm_tables_verify(struct pm_mm *mm, uint64_t start, uint64_t end, const uint6
     uint64_t from = start;
     int err = 0;
 
-    if (atomic_load_explicit(&mm->ntables, memory_order_acquire) == 0)
+    if (atomic_load(&mm->ntables) == 0 && atomic_load(&mm->ndmaps) == 0)
         return 0;
     while (!err && from < end) {
+        struct changed changed = {.start = start, .from = from, .end = end, .pfns = pfns, .cs = cs, .ce = ce};
+
         pm_lock(mm);
-        err = first_changed(mm, from, end, start, pfns, cs, ce);
+        err = first_changed(mm, &changed);
         pm_unlock(mm);
         if (!err)
             return 0;

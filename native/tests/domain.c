@@ -560,6 +560,33 @@ static void pages_are_counted_from_the_commit_on(void)
     unmap(created, PAGES - 10);
 }
 
+/* The first PFN that a walk finds changed, behind the back of every notifier. */
+static void a_walk_finds_a_page_that_was_exchanged(void)
+{
+    struct pm_walk again = {
+        .start = addr_of(mem),
+        .end = addr_of(mem) + PAGES * PAGE,
+        .pfns = pfns,
+        .flags = PM_WALK_VERIFY,
+        .sub = sub,
+    };
+    pm_dmap *dmap;
+
+    if (!mm_has(mm, PM_FEAT_PFN))
+        LEAVE_OUT("PFNs are not to be seen");
+    dmap = map(WANT_READ);
+    NEED_EQ(pm_sub_read_begin(sub, SECOND, &again.seq), 0);
+    CHECK_EQ(pm_walk(mm, &again), 0);
+    /* Copies take the place of the zero page. */
+    mem[530 * PAGE] = mem[531 * PAGE] = 1;
+    CHECK_EQ(pm_walk(mm, &again), -ESTALE);
+    CHECK_EQ(again.fail_start, addr_of(mem) + 530 * PAGE);
+    CHECK_EQ(again.fail_end, addr_of(mem) + 532 * PAGE);
+    CHECK_EQ(pm_dmap_unlink(dmap, 530, 2, NULL), 2);
+    CHECK_EQ(pm_walk(mm, &again), 0);
+    unmap(dmap, PAGES - 2);
+}
+
 static const struct test tests[] = {
     TEST(reads_and_writes_through_it),
     TEST(what_is_not_there_has_no_address),
@@ -583,6 +610,7 @@ static const struct test tests[] = {
     TEST(what_is_refused_gives_no_addresses),
     TEST(extents_beyond_64_bits_are_refused),
     TEST(pages_are_counted_from_the_commit_on),
+    TEST(a_walk_finds_a_page_that_was_exchanged),
     TEST(threads_read_while_it_is_mapped_and_unmapped),
 };
 
