@@ -17,7 +17,7 @@ from .dma.direction import DMA_BIDIRECTIONAL, DMA_MAPPING_ERROR
 from .dma.domain import checked
 from .dma.record import DmaMapping
 from .errors import MirrorError, error
-from .pfn import HMM_PFN_DMA_MAPPED, HMM_PFN_INOUT_FLAGS, HMM_PFN_VALID
+from .pfn import HMM_PFN_DMA_MAPPED, HMM_PFN_INOUT_FLAGS, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID
 from .walk import PAGE_SHIFT, PAGE_SIZE, check_covers, check_interval
 
 if TYPE_CHECKING:
@@ -85,14 +85,14 @@ class HmmDmaMap:
         mapping.mm = self.notifier.mm
         return mapping
 
-    def _entry(self, idx: int) -> int:
-        """What the device has for the first page of an entry, 0 for nothing."""
+    def _entries(self, idx: int) -> PfnArray:
+        """What the device has for the pages of an entry, 0 for nothing."""
+        found: PfnArray = np.zeros(self.pages_per_entry, np.uint64)
         mapping, page = self._mapping(idx)
-        if mapping is None:
-            return 0
-        entry = ffi.new("uint64_t *")
-        checked(lib.pm_dmap_read(mapping.native, page, 1, entry), "hmm_dma_map_pfn")
-        return int(entry[0])
+        if mapping is not None:
+            into = ffi.from_buffer("uint64_t[]", found)
+            checked(lib.pm_dmap_read(mapping.native, page, found.size, into), "hmm_dma_map_pfn")
+        return found
 
     def _mapping(self, idx: int) -> tuple[DmaMapping | None, int]:
         if self._whole is not None:
@@ -190,9 +190,10 @@ def hmm_dma_map_alloc(
 def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> int:
     """hmm_dma_map_pfn(): map an entry that hmm_range_fault() made valid under ``seq``; its DMA address.
 
-    Under the driver's lock. Idempotent: what is mapped as the pfn says is left as it is, and gives the same
-    address. DMA_MAPPING_ERROR where the pfn is not valid. EBUSY: invalidated since ``seq``, or the entry was
-    and its callback has not unmapped it: hmm_dma_unmap_pfn(), and fault again. EINVAL: not of this map.
+    Under the driver's lock. Idempotent: what is mapped as the pfns say is left as it is, and gives the same
+    address; what is mapped otherwise, or was invalidated and not unmapped, is mapped anew. DMA_MAPPING_ERROR
+    where a pfn is not valid, and without an IOMMU where the pages of an entry are not next to each other.
+    EBUSY: invalidated since ``seq``: fault again. EINVAL: not of this map.
     """
     map._check("hmm_dma_map_pfn", idx)
     _check_device(dev, map)
@@ -208,10 +209,14 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
             mm=map.notifier.mm,
             hint="hmm_dma_unmap_pfn() it, read_begin() for a fresh sequence, and fault it again",
         )
-    present = map._entry(idx)
-    if present != int(pages[0]) & _KEPT_OUT:
-        if present:
+    present = map._entries(idx)
+    if (present != pages & np.uint64(_KEPT_OUT)).any():
+        # A refused invalidation leaves a mapping without entries; one of a part leaves the others.
+        if present.any() or not dev.domain.iommu:
             map._unlink(idx)
+        pages &= np.uint64(_KEPT_OUT)
+        if not dev.domain.iommu and not _in_a_row(pages):
+            return DMA_MAPPING_ERROR
         map._link(idx, pages, seq)
     pages |= np.uint64(HMM_PFN_DMA_MAPPED)
     return map._address(idx)
@@ -235,6 +240,12 @@ def hmm_dma_map_free(dev: DmaDevice, map: HmmDmaMap) -> None:
     _check_device(dev, map)
     if not map.freed:
         map._free()
+
+
+def _in_a_row(pages: PfnArray) -> bool:
+    """Whether the pages are next to each other in memory."""
+    numbers = pages & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)
+    return bool((np.diff(numbers) == 1).all())
 
 
 def _check_device(dev: DmaDevice, map: HmmDmaMap) -> None:

@@ -15,6 +15,8 @@ import pymirror as pm
 from pymirror.dma.direction import DMA_MAPPING_ERROR
 
 PAGES = 8
+HUGE = 2 << 20
+MADV_NOHUGEPAGE = 15
 MAPPED = np.uint64(pm.HMM_PFN_DMA_MAPPED)
 
 
@@ -26,11 +28,14 @@ class Odp:
         self.bytes = numbers(buf)
         self.map: pm.HmmDmaMap | None = None
         self.unmapped: list[int] = []
+        self.refuses = False
         self.sub = pm.IntervalNotifier(mm, buf.addr, buf.size, self.invalidate)
         self.map = pm.hmm_dma_map_alloc(device, self.sub, buf.addr, buf.size // entry, entry)
 
     def invalidate(self, sub: pm.IntervalNotifier, range: pm.MmuNotifierRange, seq: int) -> bool:
         sub.set_seq(seq)
+        if self.refuses:
+            return False
         if self.map is not None:
             indices = self.map.entries(range.start, range.end)
             self.unmapped += [idx for idx in indices if pm.hmm_dma_unmap_pfn(self.device, self.map, idx)]
@@ -187,3 +192,46 @@ def test_entries_of_huge_pages(mm: pm.AddressSpace) -> None:
     assert odp.device.domain.stats()["mapped_pages"] == 1024
     del odp.bytes
     odp.close()
+
+
+def test_what_a_refused_invalidation_dropped_is_mapped_anew(odp: Odp) -> None:
+    assert odp.map is not None
+    pm.hmm_dma_map_pfn(odp.device, odp.map, 2, seq=odp.fault())
+    odp.refuses = True
+    assert errno_of(odp.mm.oom_reap, odp.buf.addr, odp.buf.addr + odp.buf.size) == errno.EAGAIN
+    odp.refuses = False
+    assert odp.device.domain.stats()["mapped_pages"] == 0
+    daddr = pm.hmm_dma_map_pfn(odp.device, odp.map, 2, seq=odp.fault())
+    assert odp.device.dma_read(daddr, PAGE) == odp.bytes[2 * PAGE : 3 * PAGE].tobytes()
+    assert odp.device.domain.stats()["mappings"] == 1
+
+
+def test_an_entry_that_lost_a_page_in_the_middle_is_mapped_anew(mm: pm.AddressSpace) -> None:
+    odp = Odp(mm, pm.Device("d"), mm.mmap(HUGE, huge="thp"), HUGE)
+    assert odp.map is not None
+    daddr = pm.hmm_dma_map_pfn(odp.device, odp.map, 0, seq=odp.fault())
+    page = odp.buf.addr + 5 * PAGE
+    odp.refuses = True
+    assert errno_of(mm.oom_reap, page, page + PAGE) == errno.EAGAIN
+    odp.refuses = False
+    assert errno_of(odp.device.dma_read, daddr + 5 * PAGE, 1) == errno.EFAULT
+    assert pm.hmm_dma_map_pfn(odp.device, odp.map, 0, seq=odp.fault()) == daddr
+    assert odp.device.dma_read(daddr, HUGE) == odp.bytes.tobytes()
+    odp.close()
+    assert nothing_mapped(odp.device)
+
+
+def test_without_an_iommu_an_entry_is_one_piece_of_memory(mm: pm.AddressSpace) -> None:
+    needs("pfn")
+    buf = mm.mmap(HUGE, huge="thp")
+    mm.madvise(buf.addr, HUGE, MADV_NOHUGEPAGE)
+    # Every other page from elsewhere: they are faulted from both ends.
+    view = np.frombuffer(buf, np.uint8)
+    for page in [at for pair in zip(range(256), range(511, 255, -1), strict=True) for at in pair]:
+        view[page * PAGE] = 1
+    odp = Odp(mm, pm.Device("d", iommu=False), buf, HUGE)
+    assert odp.map is not None
+    assert pm.hmm_dma_map_pfn(odp.device, odp.map, 0, seq=odp.fault()) == DMA_MAPPING_ERROR
+    assert not (odp.map.pfn_list & MAPPED).any()
+    odp.close()
+    assert nothing_mapped(odp.device)
