@@ -145,7 +145,7 @@ class DmaEngine:
 
     def dma_read_sg(self, segments: Iterable[tuple[int, int]]) -> bytes:
         """Gather: the bytes of ``(daddr, length)`` after ``(daddr, length)``. Errors as dma_read_into()."""
-        listed = list(segments)
+        listed = self._segments("dma_read_sg", segments)
         into = bytearray(sum(length for _, length in listed))
         self._dma_sg(listed, ffi.from_buffer(into, require_writable=True), False)
         return bytes(into)
@@ -155,7 +155,7 @@ class DmaEngine:
 
         EINVAL unless the lengths add up to it. Errors as dma_write(), segment by segment.
         """
-        listed, memory = list(segments), ffi.from_buffer(data)
+        listed, memory = self._segments("dma_write_sg", segments), ffi.from_buffer(data)
         if sum(length for _, length in listed) != len(memory):
             raise MirrorError(
                 errno.EINVAL,
@@ -163,6 +163,13 @@ class DmaEngine:
                 hint="give as many bytes as the scatter list has",
             )
         self._dma_sg(listed, memory, True)
+
+    def _segments(self, what: str, segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Checked before the first byte moves: no length may lead out of the caller's buffer."""
+        listed = list(segments)
+        for daddr, length in listed:
+            _check_span(f"{self.name}: {what}", daddr, length)
+        return listed
 
     def _dma_sg(self, segments: list[tuple[int, int]], memory: Any, write: bool) -> None:
         # No memoryviews: one in a frame of a traceback that is collected with a cycle crashes Python 3.11.
@@ -226,10 +233,10 @@ class DmaEngine:
 
 
 def _check_span(what: str, daddr: int, size: int) -> None:
-    if daddr >= 0 and size and daddr + size <= 1 << 64:
+    if daddr >= 0 and size > 0 and daddr + size <= 1 << 64:
         return
-    if not size:
-        wrong = f"0 bytes at {daddr:#x}"
+    if size <= 0:
+        wrong = f"{size} bytes at {daddr:#x}"
     else:
         wrong = f"[{daddr:#x}, {daddr + size:#x}) is beyond 64 bits of address"
     raise MirrorError(errno.EINVAL, f"{what}: {wrong}", hint="give a DMA address and at least one byte")
