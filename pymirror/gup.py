@@ -68,6 +68,7 @@ class PinnedPages(RangeBase):
         self._held = held
         self._native = held[0]
         self._pfns = pfns
+        self._dma_mappings = {}
         pfns.flags.writeable = False
         mm._pins.add(self)
 

@@ -15,7 +15,7 @@ import numpy as np
 from ._shim import ffi
 from .dma.direction import DMA_BIDIRECTIONAL
 from .dma.record import DmaMapping
-from .errors import MirrorError
+from .errors import MirrorError, error
 from .walk import PAGE_SHIFT, check_pfns
 
 if TYPE_CHECKING:
@@ -43,12 +43,19 @@ def gup_range_dma_map(
     options.start, options.n = rng.start, pages.size
     options.daddrs = ffi.from_buffer("uint64_t[]", daddrs)
     rng._dma_source(options, seq)
+    made: dict[int, DmaMapping] = {}
     try:
-        mapping = DmaMapping(dev, kind, DMA_BIDIRECTIONAL, options)
-    except MirrorError as failed:
-        raise _failure(kind, rng, dev, failed) from None
-    mapping.mm = rng.mm
-    dev._add_range_mapping(rng, mapping)
+        DmaMapping(dev, kind, DMA_BIDIRECTIONAL, options, mm=rng.mm, owner=rng, into=made)
+        rng._dma_mappings.update(made)
+        if not rng._dma_stands(seq):
+            raise error(errno.EBUSY, f"{kind}_range_dma_map")
+    except BaseException as failed:
+        for mapping in made.values():
+            _take_down(rng, mapping)
+            daddrs[:] = 0
+        if isinstance(failed, MirrorError):
+            raise _failure(kind, rng, dev, failed) from None
+        raise
     return daddrs
 
 
@@ -72,21 +79,42 @@ def gup_range_dma_unmap(
     first, last = _interval(kind, rng, start, end)
     if daddrs is not None:
         check_pfns(f"{kind}_range_dma_unmap: daddrs", daddrs, (rng.end - rng.start) >> PAGE_SHIFT)
-    mapping = dev._range_mapping(rng, daddrs)
+    mapping = _mapping_of(rng, dev, daddrs)
     if mapping is None:
         return 0
     if first == 0 and last == mapping.npages:
-        taken, writable = mapping.unmap()
+        taken, writable = _take_down(rng, mapping)
     else:
         taken, writable = mapping.unlink(first, last - first)
         if not mapping.info().linked:
-            mapping.unmap()
-    if not mapping.mapped:
-        dev._drop_range_mapping(rng, mapping)
+            _take_down(rng, mapping)
     if dirty:
         mapping.dirtied(writable)
     if daddrs is not None:
         daddrs[first:last] = 0
+    return taken
+
+
+def _mapping_of(rng: RangeBase, dev: DmaDevice, daddrs: PfnArray | None) -> DmaMapping | None:
+    """The range's mapping that gave these DMA addresses, or its last one. EINVAL for others'."""
+    found = [mapping for mapping in list(rng._dma_mappings.values()) if mapping.device is dev]
+    if daddrs is None or not daddrs.any():
+        return found[-1] if found and daddrs is None else None
+    page = int(np.flatnonzero(daddrs)[0])
+    for mapping in reversed(found):
+        if mapping.gave(page, int(daddrs[page])):
+            return mapping
+    raise MirrorError(
+        errno.EINVAL,
+        f"{dev.name}: no mapping of {rng!r} has the DMA address {int(daddrs[page]):#x} at page {page}",
+        hint="give what the map call returned, or leave it out",
+    )
+
+
+def _take_down(rng: RangeBase, mapping: DmaMapping) -> tuple[int, int]:
+    """Unmap it all, and forget it only then; as DmaMapping.unmap()."""
+    taken = mapping.unmap()
+    rng._dma_mappings.pop(mapping.cookie, None)
     return taken
 
 

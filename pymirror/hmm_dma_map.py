@@ -81,9 +81,7 @@ class HmmDmaMap:
         options.sub, options.seq = self.notifier.native, seq
         options.start, options.n = start, pfns.size
         options.pfns = ffi.from_buffer("uint64_t[]", pfns)
-        mapping = DmaMapping(self.dev, "hmm", DMA_BIDIRECTIONAL, options)
-        mapping.mm = self.notifier.mm
-        return mapping
+        return DmaMapping(self.dev, "hmm", DMA_BIDIRECTIONAL, options, mm=self.notifier.mm)
 
     def _entries(self, idx: int) -> PfnArray:
         """What the device has for the pages of an entry, 0 for nothing."""

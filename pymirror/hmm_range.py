@@ -104,6 +104,7 @@ class Range(RangeBase):
         self._walk.end = end
         self._walk.pfns = ffi.from_buffer("uint64_t[]", self._pages)
         self._walk.pfn_flags_mask = _ALL
+        self._dma_mappings = {}
         self._hmm: Hmm | None = None
         self._sub: Any = None
         self._seq = 0
@@ -185,6 +186,10 @@ class Range(RangeBase):
         options.sub = self._sub
         options.seq = seq
         options.pfns = self._walk.pfns
+
+    def _dma_stands(self, seq: int) -> bool:
+        """An invalidation after the commit may have looked for the mapping before it could be found."""
+        return not self.read_retry(seq)
 
     def _forget(self, first: int, npages: int) -> None:
         """Of 4 KiB pages taken off a device: NONE in ``pfns``, as hmm_range_dma_unmap() leaves it."""

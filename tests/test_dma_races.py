@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import gc
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from dma import DmaDriver, mirrored, nothing_mapped, numbers
-from mirroring import FAULT, PAGE, invalidate
-from racing import in_child
+from mirroring import FAULT, PAGE, WRITE, invalidate
+from racing import ctrl_c, in_child
 from seams import Background, errno_of, foreign, inject, needs, points
 
 import pymirror as pm
@@ -101,20 +104,69 @@ class TestMapping:
             daddrs = mapping.result()
         assert driver.device.dma_read(int(daddrs[0]), 8) == view[:8].tobytes()
 
-    def test_one_just_after_the_commit_finds_it(
-        self, mm: pm.AddressSpace, buf: pm.Region, mapped: tuple[DmaDriver, pm.Range, Any]
+    @pytest.mark.parametrize("forgets", [True, False])
+    def test_one_just_after_the_commit_fences_it_and_it_is_not_given_out(
+        self, mm: pm.AddressSpace, buf: pm.Region, mapped: tuple[DmaDriver, pm.Range, Any], forgets: bool
     ) -> None:
-        """The commit and the sequence's check are one step: what comes later fences what was mapped."""
+        """Its callback has no mapping to find yet, so that nobody would ever take it down."""
         driver, rng, _ = mapped
-        driver.forgets = True
+        driver.forgets = forgets
+        driver.mapped = rng
+        out = np.ones(PAGES, np.uint64)
         with points("DMA_MAP_AFTER_COMMIT") as there:
-            mapping = Background(pm.hmm_range_dma_map, rng, driver.device)
+            mapping = Background(pm.hmm_range_dma_map, rng, driver.device, out=out)
             there.wait()
             invalidate(mm, buf.addr)
+            assert driver.device.domain.stats()["fenced"] == 1
             there.release()
-            daddrs = mapping.result()
-        with pytest.raises(pm.StaleDmaError):
-            driver.device.dma_read(int(daddrs[0]), 1)
+            assert errno_of(mapping.result) == errno.EBUSY
+        assert not out.any()
+        assert nothing_mapped(driver.device)
+
+    def test_ctrl_c_as_it_returns_leaves_nothing(self, mapped: tuple[DmaDriver, pm.Range, Any]) -> None:
+        driver, rng, _ = mapped
+        with points("DMA_MAP_AFTER_COMMIT") as there, ctrl_c(lambda _: there.wait(), there.release):
+            pm.hmm_range_dma_map(rng, driver.device)
+        gc.collect()
+        assert nothing_mapped(driver.device)
+        assert not driver.device.domain.mappings()
+
+    def test_threads_that_map_and_unmap_ranges_of_one_device(self, mm: pm.AddressSpace) -> None:
+        device = pm.Device("shared")
+        driver = DmaDriver(mm, device)
+
+        def work() -> int:
+            part = mm.mmap(PAGE)
+            unmapped = 0
+            with driver.range(part.addr, part.addr + PAGE) as rng:
+                rng.default_flags = WRITE
+                for _ in range(300):
+                    pm.hmm_range_dma_map(rng, device)
+                    unmapped += pm.hmm_range_dma_unmap(rng, device)
+            return unmapped
+
+        switch = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [Background(work) for _ in range(8)]
+            assert [thread.result() for thread in threads] == [300] * 8
+        finally:
+            sys.setswitchinterval(switch)
+        assert nothing_mapped(device)
+        driver.unregister()
+
+    def test_threads_that_want_a_devices_domain_first_have_the_same(self) -> None:
+        class Slow:
+            def __init__(self) -> None:
+                self.both = threading.Barrier(2, timeout=10.0)
+
+            def __bool__(self) -> bool:
+                self.both.wait()
+                return True
+
+        device = pm.Device("d", iommu=Slow())  # type: ignore[arg-type]
+        wanted = [Background(lambda: device.domain) for _ in range(2)]
+        assert wanted[0].result() is wanted[1].result() is device.domain
 
     def test_no_memory_at_any_allocation_leaves_nothing(
         self, mm: pm.AddressSpace, mapped: tuple[DmaDriver, pm.Range, Any]
@@ -131,6 +183,19 @@ class TestMapping:
             assert nothing_mapped(driver.device)
         assert failed == 0
         pm.hmm_range_dma_unmap(rng, driver.device)
+
+
+class TestScatterLists:
+    @pytest.mark.parametrize("lengths", [(-5, 10), (10, -5), (5, 0)])
+    def test_a_length_that_is_none_moves_no_byte(
+        self, mapped: tuple[DmaDriver, pm.Range, Any], lengths: tuple[int, int]
+    ) -> None:
+        driver, rng, view = mapped
+        before = view[:].tobytes()
+        segments = list(zip(driver.map(rng).tolist(), lengths, strict=False))
+        assert errno_of(driver.device.dma_write_sg, segments, b"bytes") == errno.EINVAL
+        assert errno_of(driver.device.dma_read_sg, segments) == errno.EINVAL
+        assert view[:].tobytes() == before
 
 
 class TestAccess:
@@ -220,6 +285,24 @@ class TestAccess:
             rng.wait_until_valid()
             daddrs = driver.map(rng)
             assert driver.device.dma_read(int(daddrs[0]), 3) == bytes([7, 7, 7])
+            pm.hmm_range_dma_unmap(rng, driver.device)
+
+    def test_a_page_exchanged_unseen_is_found_by_a_snapshot(
+        self, mm: pm.AddressSpace, mapped: tuple[DmaDriver, pm.Range, Any]
+    ) -> None:
+        """Also of a device that has no page table and does not touch it."""
+        needs("pfn")
+        driver, _, _ = mapped
+        other = mm.mmap(2 * PAGE)
+        with driver.range(other.addr, other.addr + 2 * PAGE) as rng:
+            rng.default_flags = FAULT
+            daddrs = driver.map(rng)
+            np.frombuffer(other, np.uint8)[PAGE] = 7
+            assert errno_of(rng.snapshot) == errno.EBUSY
+            assert driver.updates[-1].guarantee is pm.Guarantee.DETECTED
+            assert (driver.updates[-1].start, driver.updates[-1].end) == (rng.start + PAGE, rng.end)
+            assert driver.device.dma_read(int(daddrs[0]), 1) == bytes(1)
+            assert driver.device.domain.stats()["mapped_pages"] == 1
             pm.hmm_range_dma_unmap(rng, driver.device)
 
 

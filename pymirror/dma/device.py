@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import errno
-import threading
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ..errors import MirrorError
 from ..features import probe
@@ -16,9 +13,6 @@ from .driver_memory import DriverMemory
 from .engine import DmaEngine
 
 if TYPE_CHECKING:
-    from ..pfn import PfnArray
-    from ..range_base import RangeBase
-    from .record import DmaMapping
     from .swiotlb import SwiotlbPool
 
 #: Physical addresses have 52 bits at most on x86-64.
@@ -46,46 +40,17 @@ class DmaDevice(DmaEngine, DriverMemory):
         self.dma_mask = _check_mask(name, dma_mask)
         self._iommu = iommu
         self._domain: DmaDomain | None = None
-        self._range_mappings: dict[RangeBase, list[DmaMapping]] = {}
-        self._ranges_lock = threading.Lock()
+        self._made_domains: list[DmaDomain] = []
         self._init_driver_memory(name, swiotlb)
 
     @property
     def domain(self) -> DmaDomain:
         """What translates its DMA addresses, made when it is first wanted."""
         if self._domain is None:
-            self._domain = domain_of(self._iommu)
+            # Of two threads that make one each, both take the first.
+            self._made_domains.append(domain_of(self._iommu))
+            self._domain = self._made_domains[0]
         return self._domain
-
-    def _add_range_mapping(self, rng: RangeBase, mapping: DmaMapping) -> None:
-        """A range is mapped; it is kept alive until it is not."""
-        with self._ranges_lock:
-            self._range_mappings.setdefault(rng, []).append(mapping)
-
-    def _range_mapping(self, rng: RangeBase, daddrs: PfnArray | None) -> DmaMapping | None:
-        """The range's mapping that gave these DMA addresses, or its last one. EINVAL for others'."""
-        with self._ranges_lock:
-            found = list(self._range_mappings.get(rng, ()))
-        if daddrs is None or not daddrs.any():
-            return found[-1] if found and daddrs is None else None
-        page = int(np.flatnonzero(daddrs)[0])
-        for mapping in reversed(found):
-            if mapping.gave(page, int(daddrs[page])):
-                return mapping
-        raise MirrorError(
-            errno.EINVAL,
-            f"{self.name}: no mapping of {rng!r} has the DMA address {int(daddrs[page]):#x} at page {page}",
-            hint="give what the map call returned, or leave it out",
-        )
-
-    def _drop_range_mapping(self, rng: RangeBase, mapping: DmaMapping) -> None:
-        """It is unmapped."""
-        with self._ranges_lock:
-            left = [one for one in self._range_mappings.get(rng, ()) if one is not mapping]
-            if left:
-                self._range_mappings[rng] = left
-            else:
-                self._range_mappings.pop(rng, None)
 
     def _check_mirrorable(self, what: str) -> None:
         """EOPNOTSUPP where bounce buffers would stand between the device and some pages."""

@@ -15,6 +15,7 @@ from .domain import checked
 
 if TYPE_CHECKING:
     from ..mm import AddressSpace
+    from ..range_base import RangeBase
     from .device import DmaDevice
 
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -61,6 +62,7 @@ class DmaMapping:
     """
 
     __slots__ = (
+        "_owner",
         "cookie",
         "device",
         "direction",
@@ -76,14 +78,28 @@ class DmaMapping:
     )
 
     def __init__(
-        self, device: DmaDevice, kind: str, direction: DmaDirection, options: Any, site: Site | None = None
+        self,
+        device: DmaDevice,
+        kind: str,
+        direction: DmaDirection,
+        options: Any,
+        site: Site | None = None,
+        *,
+        mm: AddressSpace | None = None,
+        owner: RangeBase | None = None,
+        into: dict[int, DmaMapping] | None = None,
     ) -> None:
-        """Fill in what every mapping of the device has, and make it. Errors as pm_dmap_create()."""
+        """Fill in what every mapping of the device has, and make it. Errors as pm_dmap_create().
+
+        ``owner`` is kept alive. ``into`` has the mapping, by its cookie, before the domain has: Ctrl-C loses
+        nothing that is mapped.
+        """
         self.device = device
         self.kind = kind
         self.direction = direction
         self.site = site or Site.of_caller()
-        self.mm: AddressSpace | None = None
+        self.mm = mm
+        self._owner = owner
         self.start: int = options.start
         self.npages: int = options.n
         self.cookie = device.domain.new_cookie()
@@ -92,7 +108,13 @@ class DmaMapping:
         options.direction = direction
         options.cookie = self.cookie
         made = ffi.new("pm_dmap **")
-        ret = lib.pm_dmap_create(options, made)
+        ret = 0
+        try:
+            ret = lib.pm_dmap_create(options, made)
+        finally:
+            # Ctrl-C may strike as soon as the call returns: the mapping goes with this object then.
+            if made[0] != ffi.NULL:
+                self.native = ffi.gc(made[0], lib.pm_dmap_put)
         if ret == -errno.EOPNOTSUPP:
             device._require_pfns(f"{device.name}: DMA without an IOMMU")
         check(
@@ -101,11 +123,12 @@ class DmaMapping:
             addr=self.start or None,
             hint=_HINTS.get(-ret),
         )
-        self.native = ffi.gc(made[0], lib.pm_dmap_put)
         info = self.info()
         self.iova: int = info.iova
         self.size: int = info.size
         self.when = time.monotonic()
+        if into is not None:
+            into[self.cookie] = self
         device.domain.remember(self)
 
     def __repr__(self) -> str:
