@@ -145,6 +145,9 @@ static int make_direct_runs(struct pm_dmap *dmap)
             end++;
         if (addr + ((end - i) << PM_PAGE_SHIFT) - 1 > dmap->mask)
             return -EFAULT;
+        /* Another thread changed the pfns between the two looks at them. */
+        if (dmap->nruns == pm_max(dmap->segments, 1))
+            return -EBUSY;
         dmap->runs[dmap->nruns++] = run_of(dmap, i, end - i, addr);
     }
     return 0;
