@@ -132,6 +132,7 @@ class PinnedPages(RangeBase):
         if not getattr(self, "_native", None) or not self.pinned:
             return
         lib.pm_pin_release(self._native)
+        self.mm._pins.discard(self)
         warnings.warn(
             f"{self!r} was collected pinned: unpin_user_pages() it; pinned at {self.pinned_at}",
             ResourceWarning,

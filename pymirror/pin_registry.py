@@ -22,17 +22,21 @@ class PinRegistry:
 
     def __init__(self) -> None:
         self.dirtied = 0
-        self._live: weakref.WeakSet[PinnedPages] = weakref.WeakSet()
+        # No WeakSet: one that another thread adds to cannot be gone through.
+        self._live: dict[int, weakref.ref[PinnedPages]] = {}
 
     def add(self, pin: PinnedPages) -> None:
-        self._live.add(pin)
+        self._live[id(pin)] = weakref.ref(pin)
 
     def discard(self, pin: PinnedPages) -> None:
-        self._live.discard(pin)
+        self._live.pop(id(pin), None)
 
     def live(self) -> list[PinnedPages]:
         """In order of address."""
-        return sorted((pin for pin in self._live if pin.unpinned_at is None), key=lambda pin: pin.start)
+        pins = [ref() for ref in list(self._live.values())]
+        return sorted(
+            (pin for pin in pins if pin is not None and pin.unpinned_at is None), key=lambda pin: pin.start
+        )
 
     def report_leaks(self) -> None:
         """For each pin that close() is about to take back: who made it."""

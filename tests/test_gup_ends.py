@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import mmap
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from seams import Background, errno_of, foreign, needs, points
 
 import pymirror as pm
 from pymirror._shim import lib
+from pymirror.pin_registry import PinRegistry
 
 
 class TestTheEnd:
@@ -188,3 +190,30 @@ class TestRaces:
             pinning = Background(pm.pin_user_pages, mm, buf.addr, 1)
             assert errno_of(pinning.result) == errno.ETIMEDOUT
         pm.unpin_user_pages(pm.pin_user_pages(mm, buf.addr, 1))
+
+
+def test_the_registry_is_read_while_others_write() -> None:
+    class Pin:
+        start, unpinned_at = 0, None
+
+    registry = PinRegistry()
+    kept: list[Any] = [Pin() for _ in range(1000)]
+    for pin in kept:
+        registry.add(pin)
+
+    def write() -> None:
+        for _ in range(20_000):
+            pin: Any = Pin()
+            registry.add(pin)
+            registry.discard(pin)
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        writing = Background(write)
+        while not writing.done:
+            assert len(registry.live()) >= len(kept)
+        writing.result()
+    finally:
+        sys.setswitchinterval(switch)
+    assert len(registry.live()) == len(kept)
