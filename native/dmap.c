@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * dmap.c - DMA mappings: pages of a process or of the driver, mapped for a device.
+ * dmap.c - the life of a DMA mapping: pages of a process or of the driver, mapped for a device.
  *
  * A mapping of a range is made in one step: IOVAs and entries first, with no lock held, then the commit under
  * the device lock, if the sequence still stands. Entries are those of the device page table, and are fenced
@@ -16,9 +16,7 @@
 #include "access.h"
 #include "entries.h"
 
-static const uint64_t user_end = 1ULL << 47;
 static const uint64_t copy_wait_ns = 1000ULL * 1000 * 1000;
-static const uint64_t kept_bits = ~(PM_PFN_ERROR | PM_PFN_STICKY);
 
 void pm_dmap_get(struct pm_dmap *dmap)
 {
@@ -36,14 +34,9 @@ bool pm_dmap_holds(const struct pm_dmap *dmap, uint64_t at)
     return at >= dmap->offset && at < dmap->offset + dmap->size;
 }
 
-static bool fences(const struct pm_dmap *dmap)
-{
-    return dmap->source == PM_DMA_MIRROR;
-}
-
 static void lock_entries(struct pm_dmap *dmap)
 {
-    if (fences(dmap))
+    if (pm_dmap_fences(dmap))
         pm_lock(dmap->mm);
     else
         pthread_mutex_lock(&dmap->domain->lock);
@@ -51,7 +44,7 @@ static void lock_entries(struct pm_dmap *dmap)
 
 static void unlock_entries(struct pm_dmap *dmap)
 {
-    if (fences(dmap))
+    if (pm_dmap_fences(dmap))
         pm_unlock(dmap->mm);
     else
         pthread_mutex_unlock(&dmap->domain->lock);
@@ -82,199 +75,6 @@ void pm_dmap_put(pm_dmap *dmap)
     pm_dmap_drop(dmap);
 }
 
-/* Pages that whole huge entries stand for, beyond the one entry of each. */
-static uint64_t count_saved(const uint64_t *entry, uint64_t n, uint64_t iova)
-{
-    uint64_t first = (PM_HUGE_PAGES - (iova >> PM_PAGE_SHIFT) % PM_HUGE_PAGES) % PM_HUGE_PAGES, saved = 0;
-
-    for (uint64_t i = first; i + PM_HUGE_PAGES <= n; i += PM_HUGE_PAGES) {
-        uint64_t head = entry[i], tail = entry[i + PM_HUGE_PAGES - 1];
-        uint64_t order = (head >> PM_PFN_ORDER_SHIFT) & PM_PFN_ORDER_MASK;
-
-        if (order >= PM_HUGE_ORDER && (head & PM_PFN_MASK) % PM_HUGE_PAGES == 0 &&
-            tail == head + PM_HUGE_PAGES - 1)
-            saved += PM_HUGE_PAGES - 1;
-    }
-    return saved;
-}
-
-static void give_own_addresses(const struct pm_dmap *dmap, uint64_t *daddrs)
-{
-    for (uint64_t i = 0; i < dmap->n; i++)
-        daddrs[i] = dmap->entry[i] & PM_ENTRY_VALID ? (dmap->entry[i] & PM_PFN_MASK) << PM_PAGE_SHIFT : 0;
-}
-
-static void give_addresses(const struct pm_dmap *dmap, uint64_t *daddrs)
-{
-    if (pm_domain_direct(dmap->domain))
-        give_own_addresses(dmap, daddrs);
-    else
-        pm_entries_place(dmap->entry, dmap->n, (struct pm_run){dmap->iova, PM_PAGE_SIZE}, daddrs);
-    if (dmap->n)
-        daddrs[0] += daddrs[0] ? dmap->offset : 0;
-}
-
-static struct pm_dmap_run run_of(struct pm_dmap *dmap, uint64_t first, uint64_t n, uint64_t addr)
-{
-    return (struct pm_dmap_run){
-        .node = {.start = addr, .last = addr + (n << PM_PAGE_SHIFT) - 1},
-        .dmap = dmap,
-        .first = first,
-    };
-}
-
-/* Without an IOMMU: a run for each stretch of pages next to each other. */
-static int make_direct_runs(struct pm_dmap *dmap)
-{
-    uint64_t i = 0, end;
-
-    if (dmap->segments > 1) {
-        dmap->runs = pm_sys_calloc(dmap->segments, sizeof(*dmap->runs));
-        if (!dmap->runs)
-            return -ENOMEM;
-    }
-    for (; i < dmap->n; i = end) {
-        uint64_t addr = (dmap->entry[i] & PM_PFN_MASK) << PM_PAGE_SHIFT;
-
-        end = i + 1;
-        if (!(dmap->entry[i] & PM_ENTRY_VALID))
-            continue;
-        if (!addr)
-            return -EOPNOTSUPP;
-        while (end < dmap->n && pm_pfn_continues(dmap->entry[end], dmap->entry[end - 1]))
-            end++;
-        if (addr + ((end - i) << PM_PAGE_SHIFT) - 1 > dmap->mask)
-            return -EFAULT;
-        /* Another thread changed the pfns between the two looks at them. */
-        if (dmap->nruns == pm_max(dmap->segments, 1))
-            return -EBUSY;
-        dmap->runs[dmap->nruns++] = run_of(dmap, i, end - i, addr);
-    }
-    return 0;
-}
-
-/* Huge pages are mapped whole where the IOVA has the place in 2 MiB that the address has. */
-static uint64_t lead_of(const struct pm_dmap *dmap)
-{
-    uint64_t lead = dmap->start & (PM_HUGE_SIZE - 1);
-
-    return dmap->n >= PM_HUGE_PAGES && fences(dmap) ? lead : 0;
-}
-
-static int place(struct pm_dmap *dmap, const struct pm_dmap_options *opt)
-{
-    uint64_t lead = lead_of(dmap), size = (dmap->n << PM_PAGE_SHIFT) + lead;
-    int err;
-
-    if (pm_domain_direct(dmap->domain))
-        return make_direct_runs(dmap);
-    if (opt->flags & PM_DMAP_AT) {
-        dmap->iova = opt->iova;
-    } else {
-        err = pm_domain_alloc(dmap->domain, size, dmap->mask, &dmap->iova);
-        if (err)
-            return err;
-        dmap->iova_size = size;
-        dmap->iova += lead;
-    }
-    dmap->runs[dmap->nruns++] = run_of(dmap, 0, dmap->n, dmap->iova);
-    return 0;
-}
-
-/* From where the extent was given out, which may be before the first page. */
-void pm_dmap_free_iovas(struct pm_dmap *dmap)
-{
-    if (!dmap->iova_size)
-        return;
-    pm_iova_free(dmap->domain->iovas, dmap->iova - (dmap->iova_size - (dmap->n << PM_PAGE_SHIFT)),
-                 dmap->iova_size);
-    dmap->iova_size = 0;
-}
-
-static void unplace(struct pm_dmap *dmap)
-{
-    pm_dmap_free_iovas(dmap);
-    free_dmap(dmap);
-}
-
-static int check_options(const struct pm_dmap_options *opt)
-{
-    const uint32_t flags = PM_DMAP_EMPTY | PM_DMAP_AT;
-    bool direct = pm_domain_direct(opt->domain);
-
-    if (!pm_domain_owned(opt->domain))
-        return -ESRCH;
-    if (opt->n == 0 || opt->n > user_end >> PM_PAGE_SHIFT || opt->direction >= PM_DMA_NONE ||
-        (opt->flags & ~flags) || ((opt->flags & flags) && direct) || opt->start >= user_end)
-        return -EINVAL;
-    if ((opt->flags & PM_DMAP_AT) &&
-        (opt->iova % PM_PAGE_SIZE || opt->iova == 0 || -opt->iova < opt->n << PM_PAGE_SHIFT))
-        return -EINVAL;
-    if (opt->source == PM_DMA_KERNEL)
-        return opt->size && opt->size <= (opt->n << PM_PAGE_SHIFT) - opt->start % PM_PAGE_SIZE ? 0 : -EINVAL;
-    if (opt->start % PM_PAGE_SIZE || user_end - opt->start < opt->n << PM_PAGE_SHIFT)
-        return -EINVAL;
-    if (opt->source == PM_DMA_PIN)
-        return opt->pin && opt->pfns && !opt->flags ? 0 : -EINVAL;
-    if (opt->source != PM_DMA_MIRROR || !opt->sub)
-        return -EINVAL;
-    return opt->pfns || (opt->flags & PM_DMAP_EMPTY) ? 0 : -EINVAL;
-}
-
-/* Driver memory whose PFNs do not matter: every page is there. */
-static void fill_kernel(struct pm_dmap *dmap)
-{
-    for (uint64_t i = 0; i < dmap->n; i++)
-        dmap->entry[i] = PM_ENTRY_VALID | PM_ENTRY_WRITE;
-    dmap->linked = dmap->segments = dmap->n;
-}
-
-static int make(const struct pm_dmap_options *opt, struct pm_dmap **ret)
-{
-    uint64_t bytes = sizeof(struct pm_dmap) + opt->n * sizeof(uint64_t);
-    struct pm_dmap *dmap = pm_sys_malloc(bytes);
-    int err;
-
-    if (!dmap)
-        return -ENOMEM;
-    memset(dmap, 0, sizeof(*dmap));
-    atomic_init(&dmap->refs, 1);
-    dmap->domain = opt->domain;
-    pm_domain_get(opt->domain);
-    if (opt->source == PM_DMA_MIRROR) {
-        dmap->mm = opt->sub->mm;
-        pm_mm_get(dmap->mm);
-    }
-    if (opt->source == PM_DMA_PIN) {
-        dmap->pin = opt->pin;
-        pm_pin_get(dmap->pin);
-    }
-    dmap->source = opt->source;
-    dmap->direction = opt->direction;
-    dmap->cookie = opt->cookie;
-    dmap->mask = opt->mask;
-    dmap->n = opt->n;
-    dmap->start = pm_page_down(opt->start);
-    dmap->offset = opt->start % PM_PAGE_SIZE;
-    dmap->size = opt->source == PM_DMA_KERNEL ? opt->size : opt->n << PM_PAGE_SHIFT;
-    dmap->runs = &dmap->one;
-    if (opt->flags & PM_DMAP_EMPTY)
-        memset(dmap->entry, 0, opt->n * sizeof(uint64_t));
-    else if (opt->pfns)
-        dmap->linked = pm_entries_fill(dmap->entry, opt->pfns, opt->n, kept_bits, &dmap->segments);
-    else
-        fill_kernel(dmap);
-    err = place(dmap, opt);
-    dmap->entries = dmap->linked - count_saved(dmap->entry, dmap->n, dmap->iova);
-    dmap->bytes = bytes + (dmap->runs == &dmap->one ? 0 : dmap->nruns * sizeof(*dmap->runs));
-    if (err) {
-        unplace(dmap);
-        return err;
-    }
-    *ret = dmap;
-    return 0;
-}
-
 /* With the device lock held. */
 static int commit(struct pm_dmap *dmap, const struct pm_dmap_options *opt)
 {
@@ -294,20 +94,16 @@ static int commit(struct pm_dmap *dmap, const struct pm_dmap_options *opt)
 int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret)
 {
     struct pm_dmap *dmap;
-    int err = check_options(opt);
+    int err = pm_dmap_make(opt, &dmap);
 
-    if (!err && opt->source == PM_DMA_MIRROR)
-        err = pm_mm_check(opt->sub->mm);
-    if (!err)
-        err = make(opt, &dmap);
     if (err)
         return err;
     if (opt->daddrs)
-        give_addresses(dmap, opt->daddrs);
+        pm_dmap_give_addresses(dmap, opt->daddrs);
     /* Before the commit: from then on an invalidation may drop some of them again. */
     atomic_fetch_add(&dmap->domain->pages, dmap->linked);
     pm_point(PM_POINT_DMA_MAP_BEFORE_COMMIT);
-    if (fences(dmap)) {
+    if (pm_dmap_fences(dmap)) {
         pm_lock(dmap->mm);
         err = commit(dmap, opt);
         pm_unlock(dmap->mm);
@@ -321,7 +117,7 @@ int pm_dmap_create(const struct pm_dmap_options *opt, pm_dmap **ret)
         if (opt->daddrs)
             memset(opt->daddrs, 0, opt->n * sizeof(*opt->daddrs));
         atomic_fetch_sub(&dmap->domain->pages, dmap->linked);
-        unplace(dmap);
+        pm_dmap_discard(dmap);
         return err;
     }
     *ret = dmap;
@@ -335,7 +131,7 @@ int pm_dmap_link(pm_dmap *dmap, pm_sub *sub, uint64_t seq, uint64_t first, uint6
 
     if (!pm_domain_owned(dmap->domain))
         return -ESRCH;
-    if (!fences(dmap) || pm_domain_direct(dmap->domain) || first > dmap->n || n > dmap->n - first ||
+    if (!pm_dmap_fences(dmap) || pm_domain_direct(dmap->domain) || first > dmap->n || n > dmap->n - first ||
         sub->mm != dmap->mm)
         return -EINVAL;
     pm_point(PM_POINT_DMA_MAP_BEFORE_COMMIT);
@@ -347,7 +143,7 @@ int pm_dmap_link(pm_dmap *dmap, pm_sub *sub, uint64_t seq, uint64_t first, uint6
     for (uint64_t i = 0; !err && i < n; i++)
         err = dmap->entry[first + i] ? -EEXIST : 0;
     if (!err)
-        linked = pm_entries_fill(dmap->entry + first, pfns, n, kept_bits, &runs);
+        linked = pm_entries_fill(dmap->entry + first, pfns, n, PM_DMAP_KEPT, &runs);
     dmap->linked += linked;
     pm_unlock(dmap->mm);
     atomic_fetch_add(&dmap->domain->pages, linked);
@@ -404,7 +200,7 @@ static void settle(struct pm_dmap *dmap, uint64_t first, uint64_t n)
 {
     uint64_t start = dmap->start + (first << PM_PAGE_SHIFT);
 
-    if (fences(dmap))
+    if (pm_dmap_fences(dmap))
         pm_access_expel(dmap->mm, start, start + (n << PM_PAGE_SHIFT) - 1);
     else
         wait_for_copies(dmap);
@@ -496,66 +292,4 @@ int pm_dmap_info(pm_dmap *dmap, struct pm_dmap_info *ret)
     };
     unlock_entries(dmap);
     return 0;
-}
-
-/* The pages of a mapping that lie in [start, last]. */
-struct interval {
-    uint64_t start, last, seq;
-};
-
-static void pages_in(const struct pm_dmap *dmap, const struct interval *at, uint64_t *first, uint64_t *end)
-{
-    uint64_t start = pm_max(at->start, dmap->by_addr.start), last = pm_min(at->last, dmap->by_addr.last);
-
-    *first = (start - dmap->start) >> PM_PAGE_SHIFT;
-    *end = ((last - dmap->start) >> PM_PAGE_SHIFT) + 1;
-}
-
-static bool fence_dmap(struct pm_inode *node, void *arg)
-{
-    struct pm_dmap *dmap = (struct pm_dmap *)node;
-    const struct interval *at = arg;
-    uint64_t i, end, fenced = 0;
-
-    for (pages_in(dmap, at, &i, &end); i < end; i++) {
-        if (!(dmap->entry[i] & PM_ENTRY_VALID))
-            continue;
-        dmap->entry[i] = PM_ENTRY_FENCED | (dmap->entry[i] & PM_ENTRY_WRITE) | (at->seq & PM_ENTRY_SEQ_MASK);
-        fenced++;
-    }
-    if (fenced) {
-        atomic_fetch_add(&dmap->domain->fenced, fenced);
-        atomic_fetch_add(&dmap->domain->flushes, !pm_domain_direct(dmap->domain));
-    }
-    return true;
-}
-
-void pm_dmaps_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq)
-{
-    struct interval at = {start, last, seq};
-
-    pm_itree_visit(mm->dmaps, start, last, fence_dmap, &at);
-}
-
-static bool drop_dmap(struct pm_inode *node, void *arg)
-{
-    struct pm_dmap *dmap = (struct pm_dmap *)node;
-    const struct interval *at = arg;
-    uint64_t fenced = PM_ENTRY_FENCED | (at->seq & PM_ENTRY_SEQ_MASK), i, end;
-
-    for (pages_in(dmap, at, &i, &end); i < end; i++) {
-        if ((dmap->entry[i] & ~PM_ENTRY_WRITE) != fenced)
-            continue;
-        dmap->entry[i] = 0;
-        dmap->linked--;
-        atomic_fetch_sub(&dmap->domain->pages, 1);
-    }
-    return true;
-}
-
-void pm_dmaps_drop(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq)
-{
-    struct interval at = {start, last, seq};
-
-    pm_itree_visit(mm->dmaps, start, last, drop_dmap, &at);
 }

@@ -42,6 +42,9 @@ struct pm_dmap {
     uint64_t entry[];
 };
 
+/* What of a pfn goes into an entry. */
+#define PM_DMAP_KEPT (~(PM_PFN_ERROR | PM_PFN_STICKY))
+
 enum { PM_IOTLB_SIZE = 1024, PM_LAZY_MAX = 256 };
 
 struct pm_iotlb_entry {
@@ -75,6 +78,13 @@ static inline bool pm_domain_direct(const struct pm_domain *domain)
     return domain->flags & PM_DOMAIN_DIRECT;
 }
 
+/* Do invalidations fence its entries? They are under the device lock of its mm then, else under the domain's.
+ */
+static inline bool pm_dmap_fences(const struct pm_dmap *dmap)
+{
+    return dmap->source == PM_DMA_MIRROR;
+}
+
 void pm_domain_get(struct pm_domain *domain);
 void pm_domain_drop(struct pm_domain *domain);
 /* Take a mapping into the domain's tree, and out of it again. */
@@ -95,11 +105,17 @@ void pm_dmap_drop(struct pm_dmap *dmap);
 bool pm_dmap_holds(const struct pm_dmap *dmap, uint64_t at);
 bool pm_dmap_permits(const struct pm_dmap *dmap, bool write);
 void pm_dmap_free_iovas(struct pm_dmap *dmap);
+
+/* dmap_make.c: a mapping that nothing sees yet, as pm_dmap_create(); and away with it. */
+int pm_dmap_make(const struct pm_dmap_options *opt, struct pm_dmap **ret);
+void pm_dmap_give_addresses(const struct pm_dmap *dmap, uint64_t *daddrs);
+void pm_dmap_discard(struct pm_dmap *dmap);
+
 /* A copy that no fence stops begins: 0, or the fault of that page; and ends. */
 uint32_t pm_dmap_use(struct pm_dmap *dmap, uint64_t page, bool write);
 void pm_dmap_unuse(struct pm_dmap *dmap);
 
-/* dmap.c, for invalidate.c: with the device lock held; they allocate nothing and take no other lock */
+/* dmap_fence.c, for invalidate.c: with the device lock held; they allocate nothing and take no other lock */
 void pm_dmaps_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq);
 void pm_dmaps_drop(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq);
 
