@@ -258,7 +258,7 @@ int pm_access(pm_table *table, struct pm_access *access)
     }
     err = pm_mm_enter(mm);
     if (!err) {
-        err = access_all(table, mm, access);
+        err = pm_have(mm, PM_FEAT_PROCESS_VM) ? access_all(table, mm, access) : -EOPNOTSUPP;
         pm_mm_exit(mm);
     }
     pm_mm_put(mm);

@@ -48,7 +48,7 @@ static int64_t access_mirror(const struct piece *piece, struct pm_dma_access *ac
     if (n) {
         n = pm_access_span_look(&span, &why) ? -EFAULT : -ESRCH;
     } else {
-        n = pm_access_span_do(&span, &why, piece->buf);
+        n = pm_have(dmap->mm, PM_FEAT_PROCESS_VM) ? pm_access_span_do(&span, &why, piece->buf) : -EOPNOTSUPP;
         pm_mm_exit(dmap->mm);
     }
     access->redone += why.redone;

@@ -332,7 +332,7 @@ struct pm_access {
 /*
  * Read or write process memory as the device, page by page through the table. 0 when all of it was done;
  * -EFAULT with `fault` set at the first page that the table does not serve, or PM_FAULT_NONE when it is `buf`
- * that is not there; what was done before it stays done.
+ * that is not there; -EOPNOTSUPP without process_vm_readv and _writev. What was done before it stays done.
  */
 int pm_access(pm_table *table, struct pm_access *access);
 /* Compare the entries of [start, end) with the page table: 0 alike, -ESTALE and the first changed run. */
@@ -593,7 +593,8 @@ struct pm_dma_access {
 
 /*
  * Read or write as the device, by DMA address, through what is mapped there. 0; -EFAULT with `fault`, or with
- * PM_FAULT_NONE when it is `buf` that is not there; what was done before stays done.
+ * PM_FAULT_NONE when it is `buf` that is not there; -EOPNOTSUPP for mirrored memory without process_vm_readv
+ * and _writev. What was done before stays done.
  */
 int pm_dma_access(pm_domain *domain, struct pm_dma_access *access);
 

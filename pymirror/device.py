@@ -205,6 +205,8 @@ class Device(DmaDevice):
             access.len = min(size - done, _CALL_BYTES)
             ret = self.page_table.access(mm, access)
             done += access.done
+            if ret == -errno.EOPNOTSUPP:
+                mm.features.require("process_vm", what)
             if ret not in (0, -errno.EFAULT):
                 mm._check_here(what)
                 if ret in (-errno.ENOSYS, -errno.EPERM):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mirroring import FaultDriver, filled
+from mirroring import Driver, FaultDriver, filled, whole
 from seams import errno_of
 
 import pymirror as pm
@@ -220,3 +220,17 @@ class TestFaults:
                 assert driver.device.page_table.map(rng, rng.seq)
                 assert driver.device.read(other, buf.addr, PAGE) == bytes(buf)
             driver.device.page_table.clear(0, WHOLE)
+
+
+def test_without_process_vm_a_device_reaches_no_process_memory() -> None:
+    with pm.AddressSpace(disable=["process_vm"]) as mm:
+        buf = filled(mm, 1)
+        with Driver(mm) as driver, whole(driver, buf) as rng:
+            assert driver.device.page_table.map(rng, rng.fault())
+            daddr = int(pm.hmm_range_dma_map(rng, driver.device)[0])
+            accesses = (lambda: driver.device.read(mm, buf.addr, 1), lambda: driver.device.dma_read(daddr, 1))
+            for access in accesses:
+                with pytest.raises(pm.FeatureError, match="process_vm") as missing:
+                    access()
+                assert missing.value.feature == "process_vm"
+            pm.hmm_range_dma_unmap(rng, driver.device)

@@ -195,6 +195,9 @@ class DmaEngine:
                 raise self._refused(what, ret, access, daddr + done)
 
     def _refused(self, what: str, ret: int, access: Any, daddr: int) -> MirrorError:
+        mapping = self.domain.mapping_of(access.cookie)
+        if ret == -errno.EOPNOTSUPP and mapping is not None and mapping.mm is not None:
+            mapping.mm.features.require("process_vm", what)
         if ret != -errno.EFAULT:
             if ret == -errno.ESRCH:
                 return inherited(what)
@@ -206,7 +209,6 @@ class DmaEngine:
                 hint="keep the buffer until the access is over",
             )
         reason = _REASONS[access.fault]
-        mapping = self.domain.mapping_of(access.cookie)
         self._count_iommu_fault(reason)
         if reason is IommuFaultReason.STALE:
             return _stale(what, access, daddr, mapping)
