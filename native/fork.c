@@ -10,7 +10,7 @@
  */
 #include <string.h>
 
-#include "internal.h"
+#include "devmem.h"
 
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
 
@@ -31,11 +31,15 @@ static void open_piece(struct pm_mm *mm, uint64_t start, uint64_t end)
 static void prepare_mm(struct pm_mm *mm)
 {
     struct pm_watch_range shared[PM_FORK_PIECES - 1];
+    uint64_t moved = 0;
     uint32_t n;
 
     /* Until the fork is over, so that a close waits for it. */
     if (pm_mm_enter(mm))
         return;
+    /* Without the kernel's message there is no other way to give a child what is on a device. */
+    if (!pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
+        pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
     n = pm_watch_shared(mm, shared, PM_FORK_PIECES - 1);
     pm_lock(mm);
     mm->fork_tid = pm_gettid();
@@ -77,6 +81,7 @@ static void child_mm(struct pm_mm *mm)
     child_close(mm->status_fd);
     child_close(mm->ring_fd);
     child_close(mm->stage_fd);
+    child_close(mm->arena_fd);
 }
 
 static void prepare(void)

@@ -232,6 +232,9 @@ struct pm_mm {
     struct pm_ring *ring;      /* from the first pin on; under the ring lock */
     int ring_fd, stage_fd;     /* ... and the registry lock, for the child of a fork */
 
+    struct pm_devices *devices; /* from the first device memory on; see devmem.h */
+    int arena_fd;               /* the userfaultfd of arenas */
+
     pthread_mutex_t watch_lock;     /* orders watch and unwatch; never taken by the monitor */
     struct pm_watch_range *watched; /* sorted, disjoint; under the device lock */
     uint32_t nwatched, watched_cap;
@@ -313,7 +316,8 @@ int pm_watch_open(struct pm_mm *mm);
 void pm_unwatch_all(struct pm_mm *mm);
 void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end); /* device lock held */
 void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len);     /* device lock held */
-bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end);      /* all of it, without a gap */
+bool pm_events_unread(struct pm_mm *mm); /* the kernel refuses with EAGAIN while a message is on its way */
+bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end); /* all of it, without a gap */
 /* Write-protect the present pages of watched private memory, so that writes after a fork show. */
 void pm_watch_after_fork(struct pm_mm *mm);
 /*

@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#include "internal.h"
+#include "devmem.h"
 
 static struct {
     pthread_mutex_t lock;
@@ -215,6 +215,7 @@ static void close_files(struct pm_mm *mm)
     close_fd(&mm->pagemap_fd);
     close_fd(&mm->wake_fd);
     close_fd(&mm->spare_fd);
+    close_fd(&mm->arena_fd);
 }
 
 /* In one step for a fork, whose child closes the descriptors of what is in the list. */
@@ -242,6 +243,7 @@ static void free_mm(struct pm_mm *mm)
     pthread_mutex_destroy(&mm->lock);
     pthread_mutex_destroy(&mm->watch_lock);
     pthread_mutex_destroy(&mm->ring_lock);
+    free(mm->devices);
     free(mm->watched);
     free(mm->queue);
     free(mm);
@@ -272,7 +274,7 @@ static void init_mm(struct pm_mm *mm, const struct pm_mm_options *opt)
     mm->disable = opt->disable;
     mm->queue_len = opt->queue_length ? opt->queue_length : PM_QUEUE_DEFAULT;
     mm->maps_fd = mm->pagemap_fd = mm->uffd = mm->wake_fd = mm->spare_fd = mm->status_fd = -1;
-    mm->ring_fd = mm->stage_fd = -1;
+    mm->ring_fd = mm->stage_fd = mm->arena_fd = -1;
     atomic_init(&mm->refs, 1);
     atomic_init(&mm->seq, 2);
     pthread_mutex_init(&mm->lock, NULL);
@@ -363,6 +365,9 @@ static int wait_for_users(struct pm_mm *mm)
  */
 int pm_mm_close(pm_mm *mm)
 {
+    uint64_t moved = 0;
+    int err;
+
     if (!pm_mm_owned(mm))
         return -ESRCH;
     if (!begin_close(mm))
@@ -370,6 +375,13 @@ int pm_mm_close(pm_mm *mm)
     wait_for_users(mm);
     pm_pins_close(mm);
     pthread_mutex_lock(&mm->watch_lock);
+    err = pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
+    if (err) {
+        /* What does not come home is served as before, until the process ends. */
+        pm_mm_get(mm);
+        pthread_mutex_unlock(&mm->watch_lock);
+        return err;
+    }
     pm_unwatch_all(mm);
     pm_monitor_stop(mm);
     pthread_mutex_unlock(&mm->watch_lock);

@@ -12,7 +12,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "internal.h"
+#include "devmem.h"
 
 enum { MESSAGES = 32, LINGER_MIN_NS = 100 * 1000, LINGER_MAX_NS = 10 * 1000 * 1000, LINGER_STEP_MS = 1 };
 static const uint64_t drain_limit_ns = 100ULL * 1000 * 1000;
@@ -126,6 +126,7 @@ static void invalidate_lingering(struct pm_mm *mm, uint64_t start, uint64_t end)
 
 static void handle_fork(struct pm_mm *mm, int child_uffd)
 {
+    pm_home_child(mm, child_uffd);
     /* Kept open, it would keep the registrations of the child alive. */
     pm_sys_close(child_uffd);
     if (mm->fork_tid) {
@@ -141,9 +142,11 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
     switch (msg->event) {
     case UFFD_EVENT_UNMAP:
         pm_watch_forget(mm, msg->arg.remove.start, msg->arg.remove.end);
+        pm_devmem_drop(mm, msg->arg.remove.start, msg->arg.remove.end);
         invalidate_now(mm, msg->arg.remove.start, msg->arg.remove.end, PM_UNMAP, 0);
         break;
     case UFFD_EVENT_REMOVE:
+        pm_devmem_drop(mm, msg->arg.remove.start, msg->arg.remove.end);
         invalidate_lingering(mm, msg->arg.remove.start, msg->arg.remove.end);
         break;
     case UFFD_EVENT_REMAP:
@@ -151,6 +154,7 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
         if (msg->arg.remap.len == 0)
             break;
         pm_watch_moved(mm, msg->arg.remap.to, msg->arg.remap.len);
+        pm_devmem_moved(mm, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
         invalidate_now(mm, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, PM_UNMAP,
                        msg->arg.remap.to);
         break;
@@ -214,6 +218,11 @@ static void read_messages(struct pm_mm *mm)
     pm_point(PM_POINT_MONITOR_BEFORE_FENCE);
     for (ssize_t i = 0; i < n / (ssize_t)sizeof(msgs[0]); i++)
         handle(mm, &msgs[i]);
+    /* After the events, which say where pages belong. */
+    for (ssize_t i = 0; i < n / (ssize_t)sizeof(msgs[0]); i++) {
+        if (msgs[i].event == UFFD_EVENT_PAGEFAULT)
+            pm_home_fault(mm, pm_page_down(msgs[i].arg.pagefault.address));
+    }
     pm_point(PM_POINT_MONITOR_AFTER_FENCE);
 }
 

@@ -400,6 +400,49 @@ void pm_pin_unhold(pm_pin *pin);
 int pm_pin_access(pm_pin *pin, uint64_t offset, void *buf, uint64_t len, int write, uint64_t *done);
 int pm_pin_stats(pm_mm *mm, struct pm_pin_stats *ret);
 
+/* Device memory, and migration. */
+
+struct pm_devmem;
+typedef struct pm_devmem pm_devmem;
+
+struct pm_devmem_stats {
+    uint64_t resident;   /* pages that are in device memory now */
+    uint64_t to_device;  /* pages moved so far */
+    uint64_t to_system;  /* ... and home, by faults too */
+    uint64_t copied;     /* those of them that had to be copied */
+    uint64_t faults;     /* CPU faults that brought pages home */
+    uint64_t filled;     /* never-touched pages that were filled at a CPU fault */
+    uint64_t dropped;    /* pages unmapped or discarded while they were in device memory */
+    uint64_t child_lost; /* pages that a forked child did not get */
+};
+
+/*
+ * Device memory for at most `size` bytes of this mm's pages. -EOPNOTSUPP without userfaultfd that serves
+ * system calls, its events, UFFDIO_MOVE and the pagemap; -EINVAL; -ENOMEM; -ESRCH.
+ */
+int pm_devmem_create(pm_mm *mm, uint64_t size, pm_devmem **ret);
+/* Frees it. -EBUSY while pages are in it; -ESRCH in a forked child. */
+int pm_devmem_destroy(pm_devmem *vram);
+uint64_t pm_devmem_used(pm_devmem *vram); /* pages */
+/* Where the pages are that were moved in least recently, within 2 MiB; -ENOENT: it is empty. */
+int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end);
+int pm_devmem_stats(pm_mm *mm, struct pm_devmem_stats *ret);
+/*
+ * Move the pages of [start, end) into device memory, within an invalidation (PM_MIGRATE) that the caller has
+ * open, of memory that is watched. Private anonymous writable pages move; others stay, and so does what is
+ * pinned. `moved`, also on an error: -EINVAL at a hole or a vma that cannot be read, after what precedes it
+ * has moved; -ENOSPC: it is full; -EBUSY: a fork or madvise does not end; -ENOMEM; -ESRCH.
+ */
+int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
+/*
+ * Bring home what of [start, end) is in the device memory `only`, NULL: in any. `moved`, also on an error:
+ * -EINVAL; -EAGAIN: events were not read for 5 s; -ENOENT, -ENOMEM and what else the kernel refuses it with;
+ * -ESRCH.
+ */
+int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devmem *only, uint64_t *moved);
+/* A CPU fault brings home what is in the aligned `bytes` around it: 4 KiB (at first), 64 KiB or 2 MiB. */
+int pm_devmem_fault_around(pm_devmem *vram, uint64_t bytes);
+
 /* IOVAs: the DMA addresses of a domain. */
 
 struct pm_iova_space;

@@ -13,7 +13,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "internal.h"
+#include "devmem.h"
 
 enum { LIST_SLACK = 64, AGAIN_LIMIT = 10000 };
 static const uint64_t event_limit_ns = 5000ULL * 1000 * 1000;
@@ -255,8 +255,7 @@ static void protect_absent_huge(struct pm_mm *mm, const struct pm_vma *vma, uint
     }
 }
 
-/* The kernel refuses with EAGAIN while a message is on its way. */
-static bool events_unread(struct pm_mm *mm)
+bool pm_events_unread(struct pm_mm *mm)
 {
     struct uffdio_writeprotect nothing = {.range = {0, PM_PAGE_SIZE}};
 
@@ -272,7 +271,7 @@ static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t st
     int err;
 
     /* With an event unread the list may still have what was mapped here before. */
-    if (!events_unread(mm) && pm_watched(mm, first, last))
+    if (!pm_events_unread(mm) && pm_watched(mm, first, last))
         return bytes;
     if (!(flags & PM_WATCH_EXACT)) {
         first = vma->start;
@@ -359,6 +358,7 @@ static void unregister(struct pm_mm *mm, uint64_t start, uint64_t end)
 
 int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end)
 {
+    uint64_t moved = 0;
     int err;
 
     if (start % PM_PAGE_SIZE || end % PM_PAGE_SIZE || end <= start)
@@ -367,7 +367,8 @@ int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end)
     if (err)
         return err;
     pthread_mutex_lock(&mm->watch_lock);
-    if (mm->uffd >= 0) {
+    err = pm_home_all(mm, start, end, NULL, &moved);
+    if (!err && mm->uffd >= 0) {
         pm_lock(mm);
         pm_watch_forget(mm, start, end);
         pm_unlock(mm);
@@ -375,7 +376,7 @@ int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end)
     }
     pthread_mutex_unlock(&mm->watch_lock);
     pm_mm_exit(mm);
-    return 0;
+    return err;
 }
 
 static bool next_watched(struct pm_mm *mm, uint64_t addr, struct pm_watch_range *ret)
@@ -400,7 +401,7 @@ static void wait_for_events(struct pm_mm *mm)
 {
     uint64_t until = pm_now_ns() + event_limit_ns;
 
-    while (events_unread(mm) && pm_now_ns() < until)
+    while (pm_events_unread(mm) && pm_now_ns() < until)
         nanosleep(&(struct timespec){.tv_nsec = 50 * 1000}, NULL);
 }
 

@@ -23,6 +23,7 @@ if (_built := _ffi.string(_lib.pm_version()).decode()) != __version__:
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from .device import Device, DeviceFault, FaultReason, StaleAccessError
+from .device_memory import DeviceMemory
 from .dma import api as _dma_api
 from .dma.api import *  # noqa: F403
 from .dma.domain import DirectDomain, DmaDomain, IommuDomain
@@ -50,6 +51,7 @@ from .hmm import (
 from .hmm_dma import hmm_range_dma_map, hmm_range_dma_unmap
 from .hmm_dma_map import HmmDmaMap, hmm_dma_map_alloc, hmm_dma_map_free, hmm_dma_map_pfn, hmm_dma_unmap_pfn
 from .lock import DriverLock
+from .migrate import migrate_to_device, migrate_to_system
 from .mm import AddressSpace
 from .notifier import CallbackError, IntervalNotifier, MmuNotifier
 from .page_table import PageTable
@@ -96,6 +98,7 @@ __all__ = [
     "CallbackError",
     "Device",
     "DeviceFault",
+    "DeviceMemory",
     "DirectDomain",
     "DmaDomain",
     "DmaMapping",
@@ -144,6 +147,8 @@ __all__ = [
     "hmm_range_snapshot",
     "hmm_vma_fault",
     "hmm_vma_range_done",
+    "migrate_to_device",
+    "migrate_to_system",
     "pin_user_pages",
     "unpin_user_pages",
 ]

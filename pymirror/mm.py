@@ -76,6 +76,7 @@ class AddressSpace(MemoryOperations):
         self._regions = RegionMap()
         self._adoptions = Adoptions()
         self._pins = PinRegistry()
+        self._device_memory = set()
         self._closing = False
         self._teardown = threading.Lock()
         self.notifiers = NotifierSet(self)
@@ -113,7 +114,8 @@ class AddressSpace(MemoryOperations):
     def stats(self) -> dict[str, Any]:
         """Counters: those of ``struct pm_mm_stats`` (events by name), of notifiers, Regions and pins.
 
-        Names that end in _bytes are bytes, others times or things. For callbacks too. ESRCH in a child.
+        Those of device memory are "device_...", see ``struct pm_devmem_stats``: pages or times. Names that
+        end in _bytes are bytes, others times or things. For callbacks too. ESRCH in a child.
         """
         self._check_pid("stats")
         raw = ffi.new("struct pm_mm_stats *")
@@ -121,7 +123,19 @@ class AddressSpace(MemoryOperations):
         found = {name: getattr(raw, name) for name, _ in ffi.typeof(raw[0]).fields if name != "events"}
         events = {event.name: raw.events[event] for event in Event}
         regions = {"regions": len(self._regions), "region_bytes": self._regions.bytes}
-        return {**found, "events": events, **self.notifiers.stats(), **regions, **self._pin_stats()}
+        return {
+            **found,
+            "events": events,
+            **self.notifiers.stats(),
+            **regions,
+            **self._pin_stats(),
+            **self._device_memory_stats(),
+        }
+
+    def _device_memory_stats(self) -> dict[str, int]:
+        raw = ffi.new("struct pm_devmem_stats *")
+        check(lib.pm_devmem_stats(self.native, raw), "stats")
+        return {f"device_{name}": int(getattr(raw, name)) for name, _ in ffi.typeof(raw[0]).fields}
 
     def _pin_stats(self) -> dict[str, int]:
         raw = ffi.new("struct pm_pin_stats *")
@@ -169,6 +183,7 @@ class AddressSpace(MemoryOperations):
         _open.pop(id(self), None)
         whose = repr(self)
         lib.pm_mm_close(self.native)
+        self._leave_device_memory()
         self._drain_events()
         self._closed = True
         warnings.warn(
@@ -200,11 +215,16 @@ class AddressSpace(MemoryOperations):
             steps.callback(self._end)
             steps.callback(self._drain_events)
             steps.callback(self._join_dispatcher, deadline)
-            # It wakes the dispatcher, which has been told to stop by then.
+            steps.callback(self._leave_device_memory)
+            # It brings home what is in device memory, and wakes the dispatcher, which has been told to stop.
             steps.callback(lib.pm_mm_close, self.native)
             steps.callback(self._pins.report_leaks)
             steps.callback(self.notifiers.stop, 0)
             steps.callback(self.notifiers.release)
+
+    def _leave_device_memory(self) -> None:
+        for vram in list(self._device_memory):
+            vram._leave_closed()
 
     def _end(self) -> None:
         self._closed = True

@@ -22,6 +22,7 @@ from .region import RegionMap
 from .vma import Vma, find_vma, walk_vmas
 
 if TYPE_CHECKING:
+    from .device_memory import DeviceMemory
     from .mm import AddressSpace
     from .notifier import NotifierSet
 
@@ -39,6 +40,7 @@ class MmBase:
     _regions: RegionMap
     _adoptions: Adoptions
     _pins: PinRegistry
+    _device_memory: set[DeviceMemory]
     _closed: bool = True  # until it is open
     _closing: bool
 

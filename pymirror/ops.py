@@ -15,7 +15,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from . import affected
 from ._shim import ffi, lib
@@ -383,6 +383,11 @@ class MemoryOperations(MmBase):
         self._mmap_lock.check_free(what)
         lock = self._mmap_lock.write(what) if write else self._mmap_lock.read(what)
         with lock:
+            yield
+
+    @contextmanager
+    def _migrating(self, what: str, start: int, end: int, owner: Any) -> Iterator[None]:
+        with self._operation(what, write=False), self._invalidation(start, end, Event.MIGRATE, owner):
             yield
 
     @contextmanager

@@ -72,6 +72,7 @@ class World:
         self.buffer = pm.FaultBuffer()
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
+        self.vram = pm.DeviceMemory(self.device, PAGE)
         self.held = mm.mmap(2 * PAGE)
         self.pin, self.other_pin = (pm.pin_user_pages(mm, self.held.addr, 2) for _ in range(2))
 
@@ -249,6 +250,11 @@ CALLS = [
     _looks("FaultBuffer.__len__", lambda w: len(w.buffer)),
     _looks("Device.set_fault_handler", lambda w: w.device.set_fault_handler(w.driver.handle)),
     _changes("pin_user_pages", lambda w: _enter(pm.pin_user_pages(w.mm, w.held.addr, 1))),
+    _changes("migrate_to_device", lambda w: pm.migrate_to_device(w.mm, w.start, w.end, w.vram)),
+    _changes("migrate_to_system", lambda w: pm.migrate_to_system(w.mm, w.start, w.end, w.vram)),
+    Call("DeviceMemory.close", lambda w: w.vram.close(), DEADLK, DEADLK),
+    _looks("DeviceMemory.mm", lambda w: w.vram.mm),
+    _looks("DeviceMemory.used", lambda w: w.vram.used),
     Call("unpin_user_pages", lambda w: pm.unpin_user_pages(w.other_pin), OK, OK, SRCH, SRCH),
     Call("PinnedPages.read", lambda w: w.pin.read(0, 8), OK, OK, SRCH, SRCH),
     Call("PinnedPages.read_into", lambda w: w.pin.read_into(0, bytearray(8)), OK, OK, SRCH, SRCH),

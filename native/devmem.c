@@ -1,0 +1,372 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * devmem.c - the memory of a device: an arena in this mm, which a forked child does not get.
+ *
+ * UFFDIO_MOVE wants its target registered with a userfaultfd. The arena's is another than the one that
+ * watches: it has no events, so the monitor can give slots back without waiting for itself.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "devmem.h"
+
+static const uint64_t arena_max = 1ULL << 40;
+
+static uint64_t block_of(const struct pm_devmem *vram, uint64_t slot)
+{
+    return (slot - vram->base) / PM_HUGE_SIZE;
+}
+
+static uint64_t place_of(uint64_t slot)
+{
+    return slot % PM_HUGE_SIZE >> PM_PAGE_SHIFT;
+}
+
+struct pm_devmem *pm_devmem_of(struct pm_devices *devices, uint64_t slot)
+{
+    struct pm_devmem *vram = devices->list;
+
+    while (slot < vram->base || slot >= vram->base + vram->nblocks * PM_HUGE_SIZE)
+        vram = vram->next;
+    return vram;
+}
+
+bool pm_devmem_full(struct pm_devices *devices, uint64_t slot)
+{
+    const struct pm_devmem *vram = pm_devmem_of(devices, slot);
+
+    return vram->blocks[block_of(vram, slot)].used == PM_HUGE_PAGES;
+}
+
+static bool is_free(const struct pm_block *block, uint64_t place, uint64_t n)
+{
+    for (uint64_t i = place; block->back && i < place + n; i++) {
+        if (block->back[i])
+            return false;
+    }
+    return true;
+}
+
+static uint64_t unused_block(struct pm_devmem *vram)
+{
+    for (uint64_t i = 0; i < vram->nblocks; i++) {
+        uint64_t block = (vram->hint + i) % vram->nblocks;
+
+        if (vram->blocks[block].used)
+            continue;
+        vram->hint = block;
+        return block;
+    }
+    return vram->nblocks;
+}
+
+uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n)
+{
+    struct pm_devices *devices = vram->mm->devices;
+    uint64_t first = addr & ~(PM_HUGE_SIZE - 1), place = place_of(addr), block;
+
+    for (uint64_t at = first; pm_resident_next(devices, &at, first + PM_HUGE_SIZE); at += PM_PAGE_SIZE) {
+        uint64_t slot = pm_resident(devices, at);
+
+        if (pm_devmem_of(devices, slot) != vram)
+            continue;
+        block = block_of(vram, slot);
+        if (is_free(&vram->blocks[block], place, n))
+            return vram->base + block * PM_HUGE_SIZE + (place << PM_PAGE_SHIFT);
+        break;
+    }
+    block = unused_block(vram);
+    return block == vram->nblocks ? 0 : vram->base + block * PM_HUGE_SIZE + (place << PM_PAGE_SHIFT);
+}
+
+int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n)
+{
+    struct pm_devices *devices = vram->mm->devices;
+    struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+    uint64_t *entry = pm_resident_at(devices, addr, true);
+
+    if (!block->back)
+        block->back = pm_node_new(devices);
+    if (!entry || !block->back)
+        return -ENOMEM;
+    for (uint64_t i = 0; i < n; i++) {
+        entry[i] = (slot + (i << PM_PAGE_SHIFT)) | PM_RESIDENT;
+        block->back[place_of(slot) + i] = addr + (i << PM_PAGE_SHIFT);
+    }
+    block->used += n;
+    block->used_at = ++vram->clock;
+    vram->used += n;
+    devices->stats.resident += n;
+    return 0;
+}
+
+static void forget_page(struct pm_devices *devices, uint64_t addr)
+{
+    uint64_t *entry = pm_resident_at(devices, addr, false), slot = *entry & ~PM_RESIDENT;
+    struct pm_devmem *vram = pm_devmem_of(devices, slot);
+    struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+
+    *entry = 0;
+    block->back[place_of(slot)] = 0;
+    vram->used--;
+    devices->stats.resident--;
+    if (--block->used)
+        return;
+    pm_node_free(devices, block->back);
+    block->back = NULL;
+    /* The page tables go: where one is, a huge page would have to be split to be moved in. */
+    pm_sys_madvise(slot & ~(PM_HUGE_SIZE - 1), PM_HUGE_SIZE, MADV_DONTNEED);
+}
+
+void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        forget_page(mm->devices, addr + (i << PM_PAGE_SHIFT));
+}
+
+void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    if (!mm->devices)
+        return;
+    for (uint64_t addr = start, n; pm_resident_next(mm->devices, &addr, end); addr += n << PM_PAGE_SHIFT) {
+        n = pm_resident_run(mm->devices, addr, end);
+        pm_sys_madvise(pm_resident(mm->devices, addr), n << PM_PAGE_SHIFT, MADV_DONTNEED);
+        pm_devmem_forget(mm, addr, n);
+        mm->devices->stats.dropped += n;
+    }
+}
+
+void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
+{
+    struct pm_devices *devices = mm->devices;
+
+    if (!devices)
+        return;
+    for (uint64_t addr = from; pm_resident_next(devices, &addr, from + len); addr += PM_PAGE_SIZE) {
+        uint64_t *old = pm_resident_at(devices, addr, false);
+        uint64_t *entry = pm_resident_at(devices, addr - from + to, true);
+        uint64_t slot = *old & ~PM_RESIDENT;
+        struct pm_devmem *vram = pm_devmem_of(devices, slot);
+
+        if (!entry)
+            return;
+        *entry = *old;
+        *old = 0;
+        vram->blocks[block_of(vram, slot)].back[place_of(slot)] = addr - from + to;
+    }
+}
+
+static bool can_migrate(const struct pm_mm *mm)
+{
+    return pm_have(mm, PM_FEAT_UFFD_KERNEL) && pm_have(mm, PM_FEAT_UFFD_EVENTS) &&
+           pm_have(mm, PM_FEAT_UFFD_MOVE) && pm_have(mm, PM_FEAT_PAGEMAP);
+}
+
+static int open_arena_fd(struct pm_mm *mm)
+{
+    uint32_t source;
+    int fd = pm_uffd_open(mm->disable, &source);
+    int err = fd < 0 ? fd : pm_uffd_api(fd, PM_ABI_UFFD_FEATURE_SIGBUS);
+
+    if (err && fd >= 0)
+        pm_sys_close(fd);
+    return err ? err : fd;
+}
+
+/* With watch_lock held. */
+static int open_devices(struct pm_mm *mm)
+{
+    struct pm_devices *devices = mm->devices;
+    uint64_t pool;
+    int fd = mm->arena_fd, err = pm_watch_open(mm);
+
+    if (err || (devices && devices->pool))
+        return err;
+    if (!devices) {
+        devices = pm_sys_calloc(1, sizeof(*devices));
+        if (!devices)
+            return -ENOMEM;
+        devices->around = PM_PAGE_SIZE;
+        fd = open_arena_fd(mm);
+    }
+    err = fd < 0 ? fd : pm_pool_map(&pool);
+    if (err && !mm->devices) {
+        if (fd >= 0)
+            pm_sys_close(fd);
+        free(devices);
+    }
+    if (err)
+        return err;
+    pm_lock(mm);
+    pm_pool_set(devices, pool);
+    mm->devices = devices;
+    mm->arena_fd = fd;
+    pm_unlock(mm);
+    return 0;
+}
+
+static int map_arena(struct pm_devmem *vram)
+{
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    uint64_t len = vram->nblocks * PM_HUGE_SIZE, at, head;
+    struct uffdio_register reg = {.mode = UFFDIO_REGISTER_MODE_MISSING};
+    int err = pm_sys_mmap(0, len + PM_HUGE_SIZE, PROT_READ | PROT_WRITE, flags, -1, 0, &at);
+
+    if (err)
+        return err;
+    head = -at % PM_HUGE_SIZE;
+    if (head)
+        pm_sys_munmap(at, head);
+    pm_sys_munmap(at + head + len, PM_HUGE_SIZE - head);
+    vram->base = at + head;
+    reg.range = (struct uffdio_range){vram->base, len};
+    err = pm_sys_madvise(vram->base, len, MADV_DONTFORK);
+    if (!err)
+        err = pm_sys_ioctl(vram->mm->arena_fd, UFFDIO_REGISTER, &reg);
+    if (err)
+        pm_sys_munmap(vram->base, len);
+    return err;
+}
+
+static int make(struct pm_mm *mm, uint64_t size, pm_devmem **ret)
+{
+    struct pm_devmem *vram = pm_sys_calloc(1, sizeof(*vram));
+    int err = vram ? open_devices(mm) : -ENOMEM;
+
+    if (!err) {
+        vram->mm = mm;
+        vram->limit = size >> PM_PAGE_SHIFT;
+        vram->nblocks = pm_min(vram->limit, arena_max / PM_HUGE_SIZE);
+        vram->nblocks = pm_max(vram->nblocks, (size + PM_HUGE_SIZE - 1) / PM_HUGE_SIZE);
+        vram->blocks = pm_sys_calloc(vram->nblocks, sizeof(*vram->blocks));
+        err = vram->blocks ? map_arena(vram) : -ENOMEM;
+    }
+    if (err) {
+        if (vram)
+            free(vram->blocks);
+        free(vram);
+        return err;
+    }
+    pm_mm_get(mm);
+    pm_lock(mm);
+    vram->next = mm->devices->list;
+    mm->devices->list = vram;
+    pm_unlock(mm);
+    *ret = vram;
+    return 0;
+}
+
+int pm_devmem_create(pm_mm *mm, uint64_t size, pm_devmem **ret)
+{
+    int err;
+
+    if (size == 0 || size % PM_PAGE_SIZE || size >= PM_USER_END)
+        return -EINVAL;
+    if (!can_migrate(mm))
+        return -EOPNOTSUPP;
+    err = pm_mm_enter(mm);
+    if (err)
+        return err;
+    pthread_mutex_lock(&mm->watch_lock);
+    err = make(mm, size, ret);
+    pthread_mutex_unlock(&mm->watch_lock);
+    pm_mm_exit(mm);
+    return err;
+}
+
+int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end)
+{
+    struct pm_mm *mm = vram->mm;
+    struct pm_block *oldest = NULL;
+    int err = pm_mm_check(mm);
+
+    if (err)
+        return err;
+    pm_lock(mm);
+    for (uint64_t i = 0; i < vram->nblocks; i++) {
+        struct pm_block *block = &vram->blocks[i];
+
+        if (block->used && (!oldest || block->used_at < oldest->used_at))
+            oldest = block;
+    }
+    for (uint64_t i = 0; oldest && i < PM_HUGE_PAGES; i++) {
+        if (!oldest->back[i])
+            continue;
+        *start = oldest->back[i];
+        *end = (*start & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE;
+        break;
+    }
+    pm_unlock(mm);
+    return oldest ? 0 : -ENOENT;
+}
+
+uint64_t pm_devmem_used(pm_devmem *vram)
+{
+    uint64_t used;
+
+    if (!pm_mm_owned(vram->mm))
+        return 0;
+    pm_lock(vram->mm);
+    used = vram->used;
+    pm_unlock(vram->mm);
+    return used;
+}
+
+int pm_devmem_destroy(pm_devmem *vram)
+{
+    struct pm_mm *mm = vram->mm;
+    struct pm_devmem **link;
+    uint64_t pool = 0;
+
+    if (!pm_mm_owned(mm))
+        return -ESRCH;
+    pthread_mutex_lock(&mm->watch_lock);
+    pm_lock(mm);
+    if (vram->used) {
+        pm_unlock(mm);
+        pthread_mutex_unlock(&mm->watch_lock);
+        return -EBUSY;
+    }
+    for (link = &mm->devices->list; *link != vram; link = &(*link)->next)
+        continue;
+    *link = vram->next;
+    if (!mm->devices->list) {
+        pool = mm->devices->pool;
+        pm_pool_set(mm->devices, 0);
+    }
+    pm_unlock(mm);
+    pm_pool_unmap(pool);
+    pthread_mutex_unlock(&mm->watch_lock);
+    pm_sys_munmap(vram->base, vram->nblocks * PM_HUGE_SIZE);
+    free(vram->blocks);
+    free(vram);
+    pm_mm_put(mm);
+    return 0;
+}
+
+int pm_devmem_stats(pm_mm *mm, struct pm_devmem_stats *ret)
+{
+    *ret = (struct pm_devmem_stats){0};
+    if (!pm_mm_owned(mm))
+        return -ESRCH;
+    pm_lock(mm);
+    if (mm->devices)
+        *ret = mm->devices->stats;
+    pm_unlock(mm);
+    return 0;
+}
+
+int pm_devmem_fault_around(pm_devmem *vram, uint64_t bytes)
+{
+    struct pm_mm *mm = vram->mm;
+
+    if (bytes != PM_PAGE_SIZE && bytes != 16 * PM_PAGE_SIZE && bytes != PM_HUGE_SIZE)
+        return -EINVAL;
+    if (!pm_mm_owned(mm))
+        return -ESRCH;
+    pm_lock(mm);
+    mm->devices->around = bytes;
+    pm_unlock(mm);
+    return 0;
+}

@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * resident.c - which pages of the mm are in device memory, and where: a radix tree of the CPU's own shape.
+ *
+ * Nodes are pages of a reservation: the monitor, which must not meet malloc's locks, may take one when memory
+ * is moved behind our back.
+ */
+#include <sys/mman.h>
+
+#include "devmem.h"
+
+enum { LEVEL_BITS = 9, FANOUT = 1 << LEVEL_BITS, TOP_LEVEL = 3 };
+
+static const uint64_t pool_size = 1ULL << 30;
+
+static unsigned slot_of(uint64_t addr, int level)
+{
+    return (addr >> (PM_PAGE_SHIFT + level * LEVEL_BITS)) & (FANOUT - 1);
+}
+
+static uint64_t *node_at(uint64_t word)
+{
+    return (uint64_t *)(uintptr_t)word;
+}
+
+/* Changes nothing but the new pool: `devices` may be looked at meanwhile. */
+int pm_pool_map(uint64_t *ret)
+{
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    int err = pm_sys_mmap(0, pool_size, PROT_READ | PROT_WRITE, flags, -1, 0, ret);
+
+    if (err)
+        return err;
+    err = pm_sys_madvise(*ret, pool_size, MADV_DONTFORK);
+    if (err)
+        pm_sys_munmap(*ret, pool_size);
+    else
+        pm_sys_madvise(*ret, pool_size, MADV_NOHUGEPAGE);
+    return err;
+}
+
+void pm_pool_set(struct pm_devices *devices, uint64_t pool)
+{
+    devices->pool = pool;
+    devices->pool_used = 0;
+    devices->pool_free = NULL;
+    devices->top = pool ? pm_node_new(devices) : NULL;
+}
+
+void pm_pool_unmap(uint64_t pool)
+{
+    if (pool)
+        pm_sys_munmap(pool, pool_size);
+}
+
+uint64_t *pm_node_new(struct pm_devices *devices)
+{
+    uint64_t *node = devices->pool_free;
+
+    if (node) {
+        devices->pool_free = node_at(node[0]);
+        node[0] = 0;
+        return node;
+    }
+    if (devices->pool_used == pool_size)
+        return NULL;
+    node = node_at(devices->pool + devices->pool_used);
+    devices->pool_used += PM_PAGE_SIZE;
+    return node;
+}
+
+/* The node is all zeroes again. */
+void pm_node_free(struct pm_devices *devices, uint64_t *node)
+{
+    node[0] = (uintptr_t)devices->pool_free;
+    devices->pool_free = node;
+}
+
+uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow)
+{
+    uint64_t *node = devices->top;
+
+    if (!node || addr >= PM_USER_END)
+        return NULL;
+    for (int level = TOP_LEVEL; level > 0; level--) {
+        uint64_t *below = &node[slot_of(addr, level)];
+
+        if (!*below && grow)
+            *below = (uintptr_t)pm_node_new(devices);
+        if (!*below)
+            return NULL;
+        node = node_at(*below);
+    }
+    return &node[slot_of(addr, 0)];
+}
+
+bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end)
+{
+    end = devices->top ? pm_min(end, PM_USER_END) : 0;
+    while (*addr < end) {
+        uint64_t *node = devices->top, span;
+        int level = TOP_LEVEL;
+
+        while (level > 0 && node[slot_of(*addr, level)])
+            node = node_at(node[slot_of(*addr, level--)]);
+        if (level == 0 && node[slot_of(*addr, 0)])
+            return true;
+        span = 1ULL << (PM_PAGE_SHIFT + level * LEVEL_BITS);
+        *addr = (*addr & ~(span - 1)) + span;
+    }
+    return false;
+}
+
+uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end)
+{
+    uint64_t slot = pm_resident(devices, addr), n = 1;
+
+    while (addr + (n << PM_PAGE_SHIFT) < end &&
+           pm_resident(devices, addr + (n << PM_PAGE_SHIFT)) == slot + (n << PM_PAGE_SHIFT))
+        n++;
+    return n;
+}

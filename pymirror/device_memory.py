@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""DeviceMemory: memory that only a device reaches (MEMORY_DEVICE_PRIVATE).
+
+It is an arena in this mm: real pages move into it and leave holes, and a touch of such a hole by the CPU
+brings the page home. See docs/device-memory.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ._shim import ffi, lib
+from .affected import PAGE_SIZE
+from .errors import MirrorError, check
+from .lock import not_in_callback, not_under_driver_lock
+
+if TYPE_CHECKING:
+    from .device import Device
+    from .mm import AddressSpace
+
+FAULT_AROUND = (4 << 10, 64 << 10, 2 << 20)
+_NEEDS = ("uffd_kernel", "uffd_events", "move", "pagemap")
+
+
+class DeviceMemory:
+    """Device-private memory of ``dev`` for at most ``size`` bytes, rounded up to pages.
+
+    Pages get there by migrate_to_device(), and home by migrate_to_system(), by a CPU fault, and when it or
+    their address space is closed. It serves one address space at a time, from the first migration on.
+    ``owner`` is what MIGRATE events carry (dev_pagemap.owner), by default the device. A CPU fault brings
+    home the page, and what else is in device memory of the aligned ``fault_around`` bytes: 4 KiB, 64 KiB or
+    2 MiB; a whole huge page always comes home whole.
+
+    Close it, or use it as a context manager. EINVAL.
+    """
+
+    def __init__(
+        self, dev: Device, size: int, *, owner: Any = None, fault_around: int = FAULT_AROUND[0]
+    ) -> None:
+        size = operator.index(size)
+        if not 0 < size < 1 << 46:
+            raise _einval(f"size {size}", "give bytes, more than 0 and less than 64 TiB")
+        if fault_around not in FAULT_AROUND:
+            raise _einval(f"fault_around={fault_around!r}", f"give one of {FAULT_AROUND}")
+        self.device = dev
+        self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
+        self.owner = dev if owner is None else owner
+        self.fault_around = fault_around
+        self.closed = False
+        self._mm: AddressSpace | None = None
+        self._native: Any = ffi.NULL
+        # Taken before the mmap lock, and held while callbacks run; the other one protects the pointer alone.
+        self._lock = threading.RLock()
+        self._pointer = threading.Lock()
+        self._pid = os.getpid()
+
+    @property
+    def mm(self) -> AddressSpace | None:
+        """The address space that it serves now."""
+        return self._mm
+
+    @property
+    def used(self) -> int:
+        """Bytes of it that pages are in."""
+        if os.getpid() != self._pid:
+            return 0
+        with self._pointer:
+            return int(lib.pm_devmem_used(self._native)) * PAGE_SIZE if self._native else 0
+
+    def close(self) -> None:
+        """Bring all its pages home, and give the memory back. Idempotent, and quiet in a forked child.
+
+        EDEADLK in a callback, under a driver lock and under read_lock(). EAGAIN, ENOMEM: as
+        migrate_to_system(); it is open still.
+        """
+        if self.closed or os.getpid() != self._pid:
+            return
+        not_in_callback("DeviceMemory.close")
+        not_under_driver_lock("DeviceMemory.close")
+        if (mm := self._mm) is not None:
+            mm._mmap_lock.check_free("DeviceMemory.close")
+        with self._lock:
+            if not self.closed:
+                self._leave()
+                self.closed = True
+
+    def __enter__(self) -> DeviceMemory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.used >> 10} of {self.size >> 10} KiB used"
+        return f"<DeviceMemory of {self.device!r}, {state}>"
+
+    @contextmanager
+    def _serving(self, mm: AddressSpace, what: str) -> Iterator[Any]:
+        """The native half, for mm, which no other thread closes meanwhile."""
+        with self._lock:
+            self._check(what)
+            if self._mm is not mm:
+                self._move_to(mm, what)
+            yield self._native
+
+    def _check(self, what: str) -> None:
+        if os.getpid() != self._pid:
+            raise MirrorError(
+                errno.ESRCH,
+                f"{what}: {type(self).__name__} belongs to process {self._pid}",
+                hint="make device memory in this process",
+            )
+        if self.closed:
+            raise _einval("it is closed", "make new device memory", what)
+
+    def _move_to(self, mm: AddressSpace, what: str) -> None:
+        if mm.fault_delivery != "thread":
+            raise MirrorError(
+                errno.EOPNOTSUPP,
+                f'{what}: fault_delivery="{mm.fault_delivery}" does not serve faults on device memory yet',
+                hint='use AddressSpace(fault_delivery="thread")',
+            )
+        for feature in _NEEDS:
+            mm.features.require(feature, what)
+        if self.used:
+            raise MirrorError(
+                errno.EXDEV,
+                f"{what}: {self!r} has pages of another address space",
+                hint="bring them home first, or use device memory of its own for each",
+            )
+        self._leave()
+        made = ffi.new("pm_devmem **")
+        check(lib.pm_devmem_create(mm.native, self.size, made), what, hint="free memory, or ulimit -v")
+        self._native, self._mm = made[0], mm
+        check(lib.pm_devmem_fault_around(self._native, self.fault_around), what)
+        mm._device_memory.add(self)
+
+    def _leave(self) -> None:
+        """Have no part in an address space any more; one that is closed has its pages back already."""
+        if (mm := self._mm) is None:
+            return
+        while (span := self._oldest()) is not None:
+            moved = ffi.new("uint64_t *")
+            with mm._migrating("DeviceMemory.close", *span, self.owner):
+                ret = lib.pm_migrate_to_system(mm.native, *span, self._native, moved)
+            check(ret, "DeviceMemory.close", addr=span[0], mm=mm)
+        with self._pointer:
+            check(lib.pm_devmem_destroy(self._native), "DeviceMemory.close")
+            self._native, self._mm = ffi.NULL, None
+        mm._device_memory.discard(self)
+
+    def _leave_closed(self) -> None:
+        with self._lock:
+            self._leave()
+
+    def _oldest(self) -> tuple[int, int] | None:
+        """Where the pages are that were moved in least recently, None if it is empty or the mm closed."""
+        span = ffi.new("uint64_t[2]")
+        ret = lib.pm_devmem_next(self._native, span, span + 1)
+        if ret in (-errno.ENOENT, -errno.ESRCH):
+            return None
+        check(ret, "DeviceMemory")
+        return span[0], span[1]
+
+
+def _einval(wrong: str, hint: str, what: str = "DeviceMemory") -> MirrorError:
+    return MirrorError(errno.EINVAL, f"{what}: {wrong}", hint=hint)

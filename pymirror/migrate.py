@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""Migration between system memory and device memory (migrate_vma_*(), in one call a direction).
+
+The pages themselves move (UFFDIO_MOVE), between a hole and a hole, without a copy. Drivers are told before:
+event MIGRATE with the owner of the device memory, so that the driver that migrates can leave its own alone.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from ._shim import ffi, lib
+from .affected import USER_END
+from .errors import MirrorError, check
+from .mm_base import check_pages
+from .ops import PROT_READ
+
+if TYPE_CHECKING:
+    from .device_memory import DeviceMemory
+    from .mm import AddressSpace
+
+
+def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory) -> int:
+    """Move the pages of [start, end) into device memory; gives how many moved.
+
+    Private anonymous memory that may be written moves, never-touched pages too, for which nothing is copied.
+    Shared, file, hugetlb, read-only and mlocked memory stays, and so do pinned pages and what is in device
+    memory already. Pages shared with a forked child get copies of their own first. When the device memory is
+    full, what was moved in least recently goes home.
+
+    EINVAL: no interval of whole pages, or, after what precedes it has moved, a hole or a vma that cannot be
+    read. ENOSPC: it is larger than the device memory. EBUSY: a fork or madvise of another thread does not
+    end. EXDEV: the device memory has pages of another address space. EOPNOTSUPP, FeatureError: this kernel
+    or user cannot have device memory. ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under
+    read_lock().
+    """
+    what = "migrate_to_device"
+    _check_interval(mm, what, start, end)
+    moved, total = ffi.new("uint64_t *"), 0
+    with vram._serving(mm, what) as native:
+        mm.watch(start, end)
+        while True:
+            with mm._migrating(what, start, end, vram.owner):
+                ret = lib.pm_migrate_to_device(native, start, end, moved)
+            total += moved[0]
+            if ret != -errno.ENOSPC:
+                break
+            _evict(mm, vram, start, end, total)
+    check(ret, what, addr=_first_refused(mm, start, end) if ret == -errno.EINVAL else start, mm=mm)
+    return int(total)
+
+
+def migrate_to_system(mm: AddressSpace, start: int, end: int, vram: DeviceMemory | None = None) -> int:
+    """Bring home the pages of [start, end) that are in ``vram``, without it in any; gives how many.
+
+    EINVAL; EAGAIN: another thread's munmap, madvise or fork did not end for 5 s; ENOMEM; ESRCH; EDEADLK in a
+    callback, under a driver lock and under read_lock().
+    """
+    what = "migrate_to_system"
+    _check_interval(mm, what, start, end)
+    if vram is None:
+        return _bring_home(mm, what, start, end, ffi.NULL, None)
+    with vram._lock:
+        vram._check(what)
+        if vram.mm is not mm:
+            return 0
+        return _bring_home(mm, what, start, end, vram._native, vram)
+
+
+def _bring_home(
+    mm: AddressSpace, what: str, start: int, end: int, native: object, vram: DeviceMemory | None
+) -> int:
+    moved = ffi.new("uint64_t *")
+    with mm._migrating(what, start, end, vram.owner if vram is not None else None):
+        ret = lib.pm_migrate_to_system(mm.native, start, end, native, moved)
+    check(ret, what, addr=start, mm=mm)
+    return int(moved[0])
+
+
+def _evict(mm: AddressSpace, vram: DeviceMemory, start: int, end: int, moved: int) -> None:
+    """Make room for the rest of a migration of [start, end), whose own pages stay."""
+    victim = vram._oldest()
+    if victim is None or (victim[0] < end and start < victim[1]):
+        raise MirrorError(
+            errno.ENOSPC,
+            f"migrate_to_device: {vram!r} has no room for [{start:#x}, {end:#x}); {moved} pages have moved",
+            addr=start,
+            vma=mm._vma_for_error(start),
+            hint="make the device memory larger, or migrate less at a time",
+        )
+    _bring_home(mm, "migrate_to_device", *victim, vram._native, vram)
+
+
+def _check_interval(mm: AddressSpace, what: str, start: int, end: int) -> None:
+    mm._check(what)
+    mm._mmap_lock.check_free(what)
+    check_pages(mm, what, start, end)
+    if end > USER_END:
+        raise MirrorError(
+            errno.EINVAL, f"{what}: {end:#x} is beyond user memory", hint="give less than 1 << 47"
+        )
+
+
+def _first_refused(mm: AddressSpace, start: int, end: int) -> int:
+    at = start
+    for vma in mm._walk(start, end):
+        if vma.start > at or not vma.prot & PROT_READ:
+            break
+        at = vma.end
+    return min(at, end - 1)
