@@ -9,6 +9,12 @@
 enum { PAGES = 64 };
 #define PFN_MASK ((1ULL << 55) - 1)
 
+#define NEED_VRAM()                                                                                          \
+    do {                                                                                                     \
+        if (!vram)                                                                                           \
+            LEAVE_OUT("needs a userfaultfd that serves system calls, and UFFDIO_MOVE");                      \
+    } while (0)
+
 static pm_mm *mm;
 static pm_devmem *vram;
 static char *mem;
@@ -21,18 +27,22 @@ static void set_up(void)
     opt.disable = 1ULL << PM_FEAT_UFFD_EVENT_FORK; /* see fork.c */
 #endif
     mm = open_mm_with(&opt);
-    CHECK_EQ(pm_devmem_create(mm, 64 << 20, &vram), 0);
+    vram = NULL;
+    if (mm_has(mm, PM_FEAT_UFFD_KERNEL) && mm_has(mm, PM_FEAT_UFFD_MOVE))
+        CHECK_EQ(pm_devmem_create(mm, 64 << 20, &vram), 0);
     mem = new_pages(PAGES);
     for (int i = 0; i < PAGES; i++)
         memset(mem + i * PAGE, i + 1, PAGE);
-    CHECK(pm_watch(mm, addr_of(mem), addr_of(mem) + PAGES * PAGE, PM_WATCH_EXACT) > 0);
+    if (vram)
+        CHECK(pm_watch(mm, addr_of(mem), addr_of(mem) + PAGES * PAGE, PM_WATCH_EXACT) > 0);
 }
 
 static void tear_down(void)
 {
     pm_points_reset();
     pm_mm_close(mm);
-    CHECK_EQ(pm_devmem_destroy(vram), 0);
+    if (vram)
+        CHECK_EQ(pm_devmem_destroy(vram), 0);
     pm_mm_put(mm);
     if (mem)
         free_pages(mem, PAGES);
@@ -89,6 +99,7 @@ static int wrong_pages(const char *at, int first, int n)
 
 static void out_and_home(void)
 {
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     CHECK_EQ(pm_devmem_used(vram), PAGES);
     CHECK(!present(mem) && !present(mem + (PAGES - 1) * PAGE));
@@ -102,6 +113,7 @@ static void out_and_home(void)
 
 static void a_touch_brings_a_page_home(void)
 {
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     CHECK_EQ(wrong_pages(mem + 3 * PAGE, 3, 1), 0);
     CHECK_EQ(stats().faults, 1);
@@ -123,6 +135,7 @@ static void a_device_is_told_before(void)
     struct pm_event event;
     uint64_t seq;
 
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     CHECK_EQ(mirror_pages(mm, table, sub, mem, 1, WANT_READ), 0);
     CHECK_EQ(read_begin(sub, &seq), 0);
@@ -142,6 +155,7 @@ static void never_touched_pages_stay_empty(void)
 {
     char *fresh = new_pages(PAGES);
 
+    NEED_VRAM();
     CHECK(pm_watch(mm, addr_of(fresh), addr_of(fresh) + PAGES * PAGE, PM_WATCH_EXACT) > 0);
     CHECK_EQ(out(fresh, PAGES), PAGES);
     CHECK_EQ(fresh[7 * PAGE], 0);
@@ -154,6 +168,7 @@ static void never_touched_pages_stay_empty(void)
 
 static void what_became_read_only_is_copied(void)
 {
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     CHECK_EQ(mprotect(mem, PAGES * PAGE, PROT_READ), 0);
     CHECK_EQ(wrong_pages(mem, 0, 2), 0);
@@ -166,6 +181,7 @@ static void what_became_read_only_is_copied(void)
 
 static void what_is_discarded_is_gone(void)
 {
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     CHECK_EQ(madvise(mem, 4 * PAGE, MADV_DONTNEED), 0);
     CHECK_EQ(mem[0] + mem[3 * PAGE], 0);
@@ -175,6 +191,7 @@ static void what_is_discarded_is_gone(void)
 
 static void what_is_unmapped_is_gone(void)
 {
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     CHECK_EQ(munmap(mem, 8 * PAGE), 0);
     CHECK(mmap(mem, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == mem);
@@ -187,6 +204,7 @@ static void what_is_moved_goes_with_it(void)
 {
     char *to = new_pages(PAGES), *moved;
 
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     moved = mremap(mem, PAGES * PAGE, PAGES * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to);
     NEED(moved == to);
@@ -219,6 +237,7 @@ static int child_looks(void)
 
 static void a_child_has_what_was_there(void)
 {
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES / 2), PAGES / 2);
     CHECK_EQ(in_child(child_looks), 0);
     CHECK_EQ(wrong_pages(mem, 0, PAGES), 0);
@@ -234,6 +253,7 @@ static void huge_pages_move_whole(void)
     char *area = new_pages(2 * HUGE), *huge = (char *)((addr_of(area) + HUGE * PAGE - 1) & -(HUGE * PAGE));
     uint64_t before, at_first, after;
 
+    NEED_VRAM();
     NEED_EQ(madvise(huge, HUGE * PAGE, MADV_HUGEPAGE), 0);
     memset(huge, 5, HUGE * PAGE);
     CHECK(pm_watch(mm, addr_of(huge), addr_of(huge) + HUGE * PAGE, PM_WATCH_EXACT) > 0);
@@ -254,6 +274,7 @@ static void huge_pages_move_whole(void)
 
 static void closing_brings_all_home(void)
 {
+    NEED_VRAM();
     CHECK_EQ(out(mem, PAGES), PAGES);
     CHECK_EQ(pm_mm_close(mm), 0);
     CHECK_EQ(pm_devmem_used(vram), 0);
@@ -265,6 +286,7 @@ static void it_ends_where_it_is_full(void)
     pm_devmem *small = NULL;
     uint64_t moved, start, end, from = addr_of(mem);
 
+    NEED_VRAM();
     NEED_EQ(pm_devmem_create(mm, 10 * PAGE, &small), 0);
     CHECK_EQ(pm_devmem_next(small, &start, &end), -ENOENT);
     CHECK_EQ(pm_migrate_to_device(small, from, from + PAGES * PAGE, &moved), -ENOSPC);
@@ -281,6 +303,7 @@ static void other_memory_stays(void)
     uint64_t moved, start = addr_of(mem);
     char *shared = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
+    NEED_VRAM();
     CHECK(pm_watch(mm, addr_of(shared), addr_of(shared) + PAGE, PM_WATCH_FILES) > 0);
     CHECK_EQ(out(shared, 1), 0);
     CHECK_EQ(munmap(mem + 2 * PAGE, PAGE), 0);
@@ -306,6 +329,7 @@ static void nothing_is_lost_under_writers(void)
 {
     struct call writer[2] = {{.fn = call_count, .arg = {mem}}, {.fn = call_count, .arg = {mem + PAGE}}};
 
+    NEED_VRAM();
     memset(mem, 0, 2 * PAGE);
     atomic_store(&keep_going, true);
     for (size_t i = 0; i < COUNT_OF(writer); i++)
