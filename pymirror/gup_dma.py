@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ._shim import ffi
+from .dma.device import DmaDevice
 from .dma.direction import DMA_BIDIRECTIONAL
 from .dma.record import DmaMapping
 from .errors import MirrorError, error
+from .range_base import RangeBase
 from .walk import PAGE_SHIFT, check_pfns
 
 if TYPE_CHECKING:
-    from .dma.device import DmaDevice
     from .pfn import PfnArray
-    from .range_base import RangeBase
 
 
 def gup_range_dma_map(
@@ -36,6 +36,7 @@ def gup_range_dma_map(
     beyond it. EBUSY: a mirrored range was invalidated since ``seq``. EINVAL; ENOMEM; ESRCH. On an error
     nothing is mapped.
     """
+    check_operands(f"{kind}_range_dma_map", rng, dev)
     pages = rng._dma_pages()
     daddrs = np.empty(pages.size, np.uint64) if out is None else out
     check_pfns(f"{kind}_range_dma_map: out", daddrs, pages.size)
@@ -74,13 +75,15 @@ def gup_range_dma_unmap(
     ``daddrs`` is what it returned, and is zeroed where unmapped; without it the range's last mapping for the
     device is meant. [``start``, ``end``), page-aligned bytes, limits it to a part; the mapping is gone with
     its last page. ``dirty`` counts the pages that a device could write to as dirtied. 0 when nothing is
-    mapped; EINVAL for an interval outside the range or a foreign ``daddrs``.
+    mapped, or the interval and the range have no page in common: a callback is told of changes of the whole
+    address space. EINVAL for an interval that is reversed or not of whole pages, or a foreign ``daddrs``.
     """
-    first, last = _interval(kind, rng, start, end)
+    check_operands(f"{kind}_range_dma_unmap", rng, dev)
+    first, last = pages_between(f"{kind}_range_dma_unmap", rng, start, end)
     if daddrs is not None:
         check_pfns(f"{kind}_range_dma_unmap: daddrs", daddrs, (rng.end - rng.start) >> PAGE_SHIFT)
     mapping = _mapping_of(rng, dev, daddrs)
-    if mapping is None:
+    if mapping is None or first == last:
         return 0
     if first == 0 and last == mapping.npages:
         taken, writable = _take_down(rng, mapping)
@@ -118,19 +121,34 @@ def _take_down(rng: RangeBase, mapping: DmaMapping) -> tuple[int, int]:
     return taken
 
 
-def _interval(kind: str, rng: RangeBase, start: int | None, end: int | None) -> tuple[int, int]:
-    """The pages meant, as indices."""
-    first = rng.start if start is None else max(start, rng.start)
-    last = rng.end if end is None else min(end, rng.end)
-    if first % (1 << PAGE_SHIFT) == last % (1 << PAGE_SHIFT) == 0 and first < last:
-        return (first - rng.start) >> PAGE_SHIFT, (last - rng.start) >> PAGE_SHIFT
+def check_operands(what: str, rng: RangeBase, dev: DmaDevice, kind: type[RangeBase] = RangeBase) -> None:
+    """EINVAL unless it is a range of that kind, and a device."""
+    if isinstance(rng, kind) and isinstance(dev, DmaDevice):
+        return
+    pinned = isinstance(rng, RangeBase) and isinstance(dev, DmaDevice)
     raise MirrorError(
         errno.EINVAL,
-        f"{kind}_range_dma_unmap: [{first:#x}, {last:#x}) is no part of {rng!r} in whole pages",
-        addr=rng.start,
-        vma=rng.mm._vma_for_error(rng.start),
-        hint="give page-aligned bytes inside the range, or leave start and end out",
+        f"{what}: {rng!r} for {dev!r}",
+        hint=f"{what.replace('hmm_', 'gup_')}() is for pinned pages"
+        if pinned
+        else "give a Range of a mirror, or pinned pages, and a Device, in this order",
     )
+
+
+def pages_between(what: str, rng: RangeBase, start: int | None, end: int | None) -> tuple[int, int]:
+    """The range's pages in [start, end), as indices; the same twice if there are none."""
+    first = rng.start if start is None else start
+    last = rng.end if end is None else end
+    if first % (1 << PAGE_SHIFT) or last % (1 << PAGE_SHIFT) or first > last:
+        raise MirrorError(
+            errno.EINVAL,
+            f"{what}: [{first:#x}, {last:#x}) of {rng!r}: reversed, or not of whole pages",
+            addr=rng.start,
+            vma=rng.mm._vma_for_error(rng.start),
+            hint="give page-aligned bytes, the first and the one after the last, or leave start and end out",
+        )
+    first, last = (min(max(addr, rng.start), rng.end) for addr in (first, last))
+    return (first - rng.start) >> PAGE_SHIFT, (last - rng.start) >> PAGE_SHIFT
 
 
 def _failure(kind: str, rng: RangeBase, dev: DmaDevice, failed: MirrorError) -> MirrorError:

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .gup_dma import gup_range_dma_map, gup_range_dma_unmap
-from .walk import PAGE_SHIFT
+from .gup_dma import check_operands, gup_range_dma_map, gup_range_dma_unmap, pages_between
+from .hmm_range import Range
 
 if TYPE_CHECKING:
     from .dma.device import DmaDevice
-    from .hmm_range import Range
     from .pfn import PfnArray
 
 
@@ -34,6 +33,7 @@ def hmm_range_dma_map(
     mapping failed (IOVAs, or the device's mask). EOPNOTSUPP: a device that reaches only some pages would
     need a bounce buffer, and a copy of a page is no mirror of it. On an error nothing is mapped.
     """
+    check_operands("hmm_range_dma_map", rng, dev, Range)
     dev._check_mirrorable("hmm_range_dma_map")
     seq = rng.fault(block)
     return gup_range_dma_map(rng, dev, out=out, seq=seq, kind="hmm")
@@ -53,8 +53,8 @@ def hmm_range_dma_unmap(
     As gup_range_dma_unmap(), and ``rng.pfns`` becomes NONE there. A device write has marked its page dirty
     by itself, so ``dirty`` only counts.
     """
+    check_operands("hmm_range_dma_unmap", rng, dev, Range)
     taken = gup_range_dma_unmap(rng, dev, daddrs, dirty=dirty, start=start, end=end, kind="hmm")
-    first = max(start if start is not None else rng.start, rng.start)
-    last = min(end if end is not None else rng.end, rng.end)
-    rng._forget((first - rng.start) >> PAGE_SHIFT, (last - first) >> PAGE_SHIFT)
+    first, last = pages_between("hmm_range_dma_unmap", rng, start, end)
+    rng._forget(first, last - first)
     return taken

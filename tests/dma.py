@@ -27,7 +27,7 @@ class DmaDriver(pm.Mirror):
         with self.lock:
             self.updates.append(update)
             rng = self.mapped
-            if rng is not None and not self.forgets and update.start < rng.end and rng.start < update.end:
+            if rng is not None and not self.forgets:
                 pm.hmm_range_dma_unmap(rng, self.device, start=update.start, end=update.end)
 
     def map(self, rng: pm.Range) -> PfnArray:

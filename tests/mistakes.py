@@ -188,7 +188,8 @@ _add(
     adopt_too_small=lambda w: w.mm.adopt(np.zeros(16)),
     entries_not_aligned=lambda w: w.table.entries(w.start + 1, w.end),
     read_of_less_than_nothing=lambda w: w.device.read(w.mm, w.start, -1),
-    dma_unmap_outside=lambda w: pm.hmm_range_dma_unmap(w.rng, w.device, start=w.end, end=w.end + PAGE),
+    dma_unmap_reversed=lambda w: pm.hmm_range_dma_unmap(w.rng, w.device, start=w.end, end=w.start),
+    dma_unmap_not_aligned=lambda w: pm.hmm_range_dma_unmap(w.rng, w.device, start=w.start + 1, end=w.end),
     pin_of_nothing=lambda w: pm.pin_user_pages(w.mm, w.start, 0),
 )
 _add(
@@ -225,6 +226,12 @@ _add(
 _add(
     errno.EINVAL,
     NOTHING,
+    map_pins_as_a_mirror=lambda w: pm.hmm_range_dma_map(w.pin, w.device),  # type: ignore[arg-type]
+    unmap_pins_as_a_mirror=lambda w: pm.hmm_range_dma_unmap(w.pin, w.device),  # type: ignore[arg-type]
+    map_a_device_for_a_range=lambda w: pm.hmm_range_dma_map(w.device, w.rng),  # type: ignore[arg-type]
+    gup_map_of_an_mm=lambda w: pm.gup_range_dma_map(w.mm, w.device),  # type: ignore[arg-type]
+    gup_unmap_for_an_mm=lambda w: pm.gup_range_dma_unmap(w.pin, w.mm),  # type: ignore[arg-type]
+    scatterlist_of_buffers=lambda w: pm.dma_map_sg(w.device, [bytearray(8)], 1, 1),  # type: ignore[list-item]
     unknown_feature=lambda w: pm.AddressSpace(disable=["pfns"]),
     queue_of_0=lambda w: pm.AddressSpace(queue_length=0),
     unknown_delivery=lambda w: pm.AddressSpace(fault_delivery="later"),

@@ -141,6 +141,17 @@ class TestWhatBothShare:
         assert mapped.unmap() == PAGES - 2
         assert nothing_mapped(mapped.device)
 
+    @pytest.mark.parametrize("side", [-1, 1])
+    def test_of_a_change_elsewhere_it_unmaps_nothing(self, mapped: Mapped, side: int) -> None:
+        """A callback hands on what it was told, which is of the whole address space."""
+        start = mapped.buf.addr + side * PAGES * PAGE
+        for end in (start, start + PAGE, start + PAGES * PAGE):
+            assert mapped.unmap(start=start, end=end, daddrs=mapped.daddrs) == 0
+        mapped.mm.mmap(PAGE).close()
+        assert not mapped.mm.errors
+        assert mapped.daddrs.all()
+        assert mapped.read(0) == mapped.bytes[:8].tobytes()
+
     @pytest.mark.parametrize("how", HOW)
     def test_no_iovas_are_left(self, mm: pm.AddressSpace, how: str) -> None:
         small = pm.Device("small", iommu=pm.IommuDomain(first=0x1000, last=0x8FFF))
@@ -270,6 +281,15 @@ class TestMprotect:
         pin.mm.mprotect(pin.buf.addr, PAGE, PROT_READ)
         pin.write(0, b"through read-only memory")
         assert pin.bytes[:24].tobytes() == b"through read-only memory"
+
+
+def test_the_wrong_unmap_of_a_pin_changes_nothing(pin: Mapped) -> None:
+    pinned = pin.device.domain.mappings()[0]._owner
+    assert isinstance(pinned, pm.PinnedPages)
+    with pytest.raises(pm.MirrorError) as refused:
+        pm.hmm_range_dma_unmap(pinned, pin.device)  # type: ignore[arg-type]
+    assert refused.value.hint == "gup_range_dma_unmap() is for pinned pages"
+    assert pin.read(0) == pin.bytes[:8].tobytes()
 
 
 def test_a_pin_that_is_mapped_is_not_given_back(pin: Mapped, mm: pm.AddressSpace) -> None:

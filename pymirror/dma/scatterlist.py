@@ -175,6 +175,12 @@ def _export_all(what: str, entries: Sequence[Scatterlist], way: DmaDirection) ->
     pieces: list[_Piece] = []
     try:
         for sg in entries:
+            if not isinstance(sg, Scatterlist):
+                raise MirrorError(
+                    errno.EINVAL,
+                    f"{what}: an entry is a {type(sg).__name__}, no Scatterlist",
+                    hint="sg_list(buffer, ...) makes a list",
+                )
             export = Export(what, sg.buffer, writable=way.device_writes)
             pieces.append((export, export.addr + sg.offset, sg.length))
             check_piece(what, export, sg.offset, sg.length)
@@ -189,6 +195,7 @@ def _map_behind_iommu(device: DmaDevice, pieces: Sequence[_Piece], way: DmaDirec
     offsets, total = _lay_out(pieces, device.segment_boundary)
     extent = IovaExtent.alloc(device, total)
     if extent is None:
+        device.dma_debug.no_room(f"no {total} bytes of IOVAs in a row are left within {device.dma_mask:#x}")
         return None
     addresses = [extent.start + offset for offset in offsets]
     mappings: list[DmaMapping] = []
