@@ -221,12 +221,12 @@ def _no_memory(mm: AddressSpace, what: str, start: int, end: int) -> MirrorError
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     asked = (end - start) >> 10
     if limit == resource.RLIM_INFINITY or _may_lock():
-        why, hint = f"no memory to pin {asked} KiB", "free some memory, or pin less"
+        why, hint = f"no memory to pin {asked} KiB at {start:#x}", "free some memory, or pin less"
     else:
         why = (
             f"RLIMIT_MEMLOCK is {limit >> 10} KiB, this process has {_status_kib('VmPin')} KiB pinned, and"
-            f" {asked} KiB are asked for (the limit is of all that a user's processes pin together, and of"
-            " a few pages for each ring)"
+            f" {asked} KiB are asked for at {start:#x} (the limit is of all that a user's"
+            " processes pin together, and of a few pages for each ring)"
         )
         hint = f"{memlock_command()}   # or CAP_IPC_LOCK"
     return error(errno.ENOMEM, f"{what}: {why}", addr=start, mm=mm, hint=hint)

@@ -106,7 +106,8 @@ class DriverMemory:
         if not len(self.dma_debug) and all(one.mm is not None and one.mm.closed for one in self._mapped()):
             return
         leaks = self.release()
-        text = f"{self.name}: not released, {len(leaks)} DMA mappings leaked"
+        places = ", ".join(sorted({str(leak.mapped) for leak in leaks}))
+        text = f"{self.name}: not released, {len(leaks)} DMA mapping(s) leaked; mapped at {places}"
         warnings.warn(text, ResourceWarning, stacklevel=1, source=self)
 
     def _check_here(self, what: str) -> None:

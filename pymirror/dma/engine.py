@@ -270,9 +270,10 @@ def _fault(
 ) -> _F:
     mm = mapping.mm if mapping is not None else None
     addr = access.fault_start if mapping is not None else None
+    behind = f" (memory at {addr:#x})" if addr is not None and f"{addr:#x}" not in why else ""
     fault = kind(
         errno.EFAULT,
-        f"{what} at {daddr:#x}: {why}",
+        f"{what} at {daddr:#x}: {why}{behind}",
         addr=addr,
         vma=mm._vma_for_error(addr) if mm is not None and addr is not None else None,
         hint=hint,

@@ -34,6 +34,9 @@ class Site:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
+    def __repr__(self) -> str:
+        return f"<Site {self}>"
+
     @classmethod
     def of_caller(cls) -> Site:
         """The innermost line outside this package."""

@@ -60,6 +60,19 @@ _REFUSED = {
     DmaDebugCategory.IOVA_LINKED_TWICE: errno.EEXIST,
     DmaDebugCategory.IOVA_STILL_LINKED: errno.EBUSY,
 }
+_HINTS = {
+    DmaDebugCategory.FREE_INVALID: "unmap only what dma_mapping_error() found to be mapped",
+    DmaDebugCategory.FREE_UNALLOCATED: "unmap once, with the address that mapping returned; a range has"
+    " hmm_range_dma_unmap() or gup_range_dma_unmap()",
+    DmaDebugCategory.SIZE_MISMATCH: "give the size that was mapped",
+    DmaDebugCategory.TYPE_MISMATCH: "undo it by the counterpart of the function that mapped it",
+    DmaDebugCategory.CPU_ADDRESS_MISMATCH: "give the view and the address of one dma_alloc_coherent()",
+    DmaDebugCategory.SYNC_UNALLOCATED: "sync between mapping and unmapping; ranges need no syncs",
+    DmaDebugCategory.SYNC_BEYOND: "sync the mapping, or a part of it",
+    DmaDebugCategory.IOVA_NOT_LINKED: "unlink once, what dma_iova_link() linked",
+    DmaDebugCategory.IOVA_LINKED_TWICE: "dma_iova_unlink() it first, or link behind it",
+    DmaDebugCategory.IOVA_STILL_LINKED: "dma_iova_unlink() all of it first, or dma_iova_destroy()",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +107,8 @@ class DmaDebugError(MirrorError):
     """A call of the DMA API that cannot be done as it was asked for. Nothing is changed. ``report`` tells."""
 
     def __init__(self, report: DmaDebugReport) -> None:
-        super().__init__(report.category.refused, str(report), addr=report.address)
+        super().__init__(report.category.refused, str(report), hint=_HINTS[report.category])
+        self.addr = report.address
         self.report = report
 
     def __reduce__(self) -> tuple[Any, ...]:
