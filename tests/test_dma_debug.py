@@ -17,6 +17,7 @@ from dma_memory import PAGE, mapped, pages, refuses
 from racing import in_child
 
 import pymirror as pm
+from pymirror.dma.record import Site
 
 Category = pm.DmaDebugCategory
 
@@ -342,12 +343,15 @@ class TestLeaks:
         device = pm.Device("forgotten")
         buffer = bytearray(8)
         mapped(device, buffer, pm.DMA_TO_DEVICE)
+        (entry,) = device.dma_debug.mappings()
+        site = entry.site
+        del entry
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             del device
             gc.collect()
         assert [str(one.message) for one in caught if one.category is ResourceWarning] == [
-            "forgotten: not released, 1 DMA mappings leaked"
+            f"forgotten: not released, 1 DMA mapping(s) leaked; mapped at {site}"
         ]
         buffer.append(0)
 
@@ -385,6 +389,37 @@ class TestReports:
                 pm.dma_sync_single_for_cpu(device, 0x5000, 8, pm.DMA_TO_DEVICE)
         assert len(device.dma_errors) == 1024
         assert device.dma_debug.counts == {"sync-unallocated": 1100}
+
+    def test_an_error_is_the_report_and_what_to_do(self, device: pm.Device) -> None:
+        for call in (pm.dma_unmap_single, pm.dma_sync_single_for_cpu):
+            with pytest.raises(pm.DmaDebugError) as caught:
+                call(device, 0x5000, 8, pm.DMA_TO_DEVICE)
+            error = caught.value
+            assert str(error) == f"[Errno 22] EINVAL: {error.report}; do: {error.hint}"
+            assert error.addr == 0x5000
+        assert f"<Site {__file__}:" in repr(device.dma_errors)
+
+    def test_every_refusal_has_a_hint(self) -> None:
+        for category in Category:
+            if category.refused:
+                report = pm.DmaDebugReport(
+                    category, "d0", 0, 8, pm.DMA_TO_DEVICE, "single", None, Site("f", 1), "text"
+                )
+                assert pm.DmaDebugError(report).hint
+
+    def test_why_a_mapping_failed_is_logged_and_no_report(
+        self, device: pm.Device, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.WARNING, "pymirror.dma")
+        with pm.Device("small", dma_mask=pm.DMA_BIT_MASK(13)) as small:
+            for _ in range(3):
+                assert pm.dma_map_single(small, bytearray(PAGE * 4), PAGE * 4, 1) == pm.DMA_MAPPING_ERROR
+            pm.dma_map_sg(small, pm.sg_list(bytearray(PAGE * 4)), 1, pm.DMA_TO_DEVICE)
+            assert not small.dma_errors
+        single, sg = (record.getMessage() for record in caplog.records)
+        assert single.startswith(f"small: mapping failed at {__file__}:")
+        assert "ENOSPC" in single
+        assert "IOVAs in a row" in sg
 
     def test_errors_can_be_pickled(self, device: pm.Device) -> None:
         with pytest.raises(pm.DmaDebugError) as caught:

@@ -177,6 +177,19 @@ class TestLimits:
         addr = mapped(device, bytearray(SEGMENT), pm.DMA_TO_DEVICE)
         pm.dma_unmap_single(device, addr, SEGMENT, pm.DMA_TO_DEVICE)
 
+    def test_why_there_is_no_bounce_buffer_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        with bouncing(SwiotlbPool(SEGMENT)) as device:
+            addr = mapped(device, bytearray(SEGMENT), pm.DMA_TO_DEVICE)
+            for size in (SEGMENT + 1, SEGMENT + 1, 8):
+                pm.dma_map_single(device, bytearray(size), size, pm.DMA_TO_DEVICE)
+            pm.dma_map_single(device, bytearray(8), 8, pm.DMA_TO_DEVICE)
+            pm.dma_unmap_single(device, addr, SEGMENT, pm.DMA_TO_DEVICE)
+        large, full = (record.getMessage() for record in caplog.records)
+        assert large.endswith(
+            f"{SEGMENT + 1} bytes would be bounced, and bounce buffers are of at most {SEGMENT}"
+        )
+        assert full.endswith("128 of 128 slots are used")
+
     def test_mirrored_memory_is_never_bounced(self, mm: pm.AddressSpace, device: pm.Device) -> None:
         buf = mm.mmap(PAGE)
         with pm.Mirror(mm) as mirror, mirror.range(buf.addr, buf.addr + PAGE) as rng:

@@ -46,7 +46,7 @@ class DmaDebug:
         self._by_number: dict[int, DmaEntry] = {}
         self._places = Spans()
         self._lock = threading.Lock()
-        self._said: set[tuple[DmaDebugCategory, Site | None, Site]] = set()
+        self._said: set[tuple[DmaDebugCategory | None, Site | None, Site]] = set()
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -215,6 +215,11 @@ class DmaDebug:
             raise DmaDebugError(report)
         return report
 
+    def no_room(self, why: str) -> None:
+        """Log why a mapping failed: its caller gets DMA_MAPPING_ERROR, which says nothing."""
+        here = Site.of_caller()
+        self._log((None, None, here), f"{self.device}: mapping failed at {here}: {why}")
+
     def leaks(self, others: Iterable[DmaEntry] = ()) -> list[DmaDebugReport]:
         """Report what is still mapped, also by others than this API: the device is being released."""
         left = [*self._by_number.values(), *others]
@@ -224,10 +229,13 @@ class DmaDebug:
     def _keep(self, report: DmaDebugReport) -> None:
         self.reports.append(report)
         self.counts[report.category] += 1
-        key = (report.category, report.mapped, report.detected)
+        self._log((report.category, report.mapped, report.detected), report)
+
+    def _log(self, key: tuple[DmaDebugCategory | None, Site | None, Site], what: object) -> None:
+        """A warning the first time, for debugging after that."""
         level = logging.DEBUG if key in self._said else logging.WARNING
         self._said.add(key)
-        _log.log(level, "%s", report)
+        _log.log(level, "%s", what)
 
     def _best(self, asked: DmaEntry) -> DmaEntry | None:
         """Without an IOMMU several mappings may have one address: the one that has most in common."""

@@ -17,7 +17,7 @@ from .._shim import ffi, lib
 from ..errors import MirrorError
 from .direction import DmaDirection
 from .record import DmaMapping, Site
-from .swiotlb import Bounce, Slots
+from .swiotlb import Bounce, Slots, no_slots
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -116,6 +116,7 @@ def map_memory(
         return Backing(map_pages(device, kind, addr, size, direction, pfns=pfns, site=site), size)
     except MirrorError as refused:
         if refused.errno in _NO_ROOM:
+            device.dma_debug.no_room(str(refused))
             return None
         raise
 
@@ -190,6 +191,7 @@ def _map_bounced(
     pool = device.swiotlb
     slots = pool.alloc(size)
     if slots is None:
+        device.dma_debug.no_room(no_slots(pool, size))
         return None
     bounce, backing = Bounce(pool, slots, addr, size), None
     try:

@@ -106,6 +106,14 @@ class SwiotlbPool:
         return Slots(self.cpu_addr + offset, self.bus_addr + offset, segment, mask, count)
 
 
+def no_slots(pool: SwiotlbPool, size: int) -> str:
+    """What alloc() gave None for, in words."""
+    most = IO_TLB_SIZE * IO_TLB_SEGSIZE
+    if size > most:
+        return f"{size} bytes would be bounced, and bounce buffers are of at most {most}"
+    return f"no bounce buffer of {size} bytes in a row is left: {pool.used} of {pool.slots} slots are used"
+
+
 def _find(free: int, count: int, stride: int) -> int:
     """The lowest multiple of stride with that many bits set from it on, or -1."""
     runs, length = free, 1
