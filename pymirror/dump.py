@@ -110,7 +110,7 @@ def _native(status: Any, now: int) -> list[str]:
         lines.append(f"device accesses: {status.inflight} in flight, the oldest for {oldest}")
     counts = ", ".join(f"{event.name} {status.events[event]}" for event in Event if status.events[event])
     lines.append(f"events so far: {counts or 'none'}")
-    lines.append(f"{status.subs} notifier(s) and ranges; {status.watched_bytes} bytes watched")
+    lines.append(f"{status.subs} interval notifier(s) and ranges; {status.watched_bytes} bytes watched")
     lines.append(f"{status.table_entries} device page-table entries")
     return lines
 

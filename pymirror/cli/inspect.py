@@ -261,7 +261,8 @@ def _space(lines: Lines, look: Look, space: Space) -> None:
     lines.pair("accesses", f"{space.inflight} in flight{inflight if space.inflight else ''}")
     lines.pair(
         "mirrors",
-        f"{space.notifiers} notifier(s) and ranges, {space.table_entries:,} device page-table entries",
+        f"{space.notifiers} interval notifier(s) and ranges,"
+        f" {space.table_entries:,} device page-table entries",
     )
     lines.pair("watched", f"{space.watched_ranges} range(s), {space.watched_bytes:,} bytes")
 
