@@ -226,6 +226,10 @@ _add(
 _add(
     errno.EINVAL,
     NOTHING,
+    dma_read_of_less_than_nothing=lambda w: w.device.dma_read(0x5000, -1),
+    dma_at_a_mapping_error=lambda w: w.device.dma_write(pm.DMA_MAPPING_ERROR, b"x"),
+    iommu_by_number=lambda w: pm.Device("d", iommu=1),  # type: ignore[arg-type]
+    pool_by_size=lambda w: pm.Device("d", swiotlb=1 << 20),  # type: ignore[arg-type]
     map_pins_as_a_mirror=lambda w: pm.hmm_range_dma_map(w.pin, w.device),  # type: ignore[arg-type]
     unmap_pins_as_a_mirror=lambda w: pm.hmm_range_dma_unmap(w.pin, w.device),  # type: ignore[arg-type]
     map_a_device_for_a_range=lambda w: pm.hmm_range_dma_map(w.device, w.rng),  # type: ignore[arg-type]
@@ -348,7 +352,13 @@ _add(
 )
 _add(errno.ENOMEM, HOLE, mprotect_over_a_hole=lambda w: w.mm.mprotect(HOLE_AT, PAGE, 1))
 _add(errno.ENOMEM, VMA, mremap_without_room=lambda w: w.mm.mremap(w.start, 4 * PAGE, 1 << 40, flags=0))
-_add(errno.ENOMEM, NOTHING, mmap_of_too_much=lambda w: w.mm.mmap(1 << 50))
+_add(
+    errno.ENOMEM,
+    NOTHING,
+    mmap_of_too_much=lambda w: w.mm.mmap(1 << 50),
+    coherent_memory_of_too_much=lambda w: pm.dma_alloc_coherent(w.device, 1 << 50),
+    coherent_memory_beyond_64_bits=lambda w: pm.dma_alloc_coherent(w.device, 1 << 64),
+)
 _add(errno.EACCES, NOTHING, map_shared_what_is_open_read_only=lambda w: _map_file(w, os.O_RDONLY, 3, True))
 _add(errno.EACCES, VMA, write_to_what_is_open_read_only=lambda w: _make_writable(w))
 _add(errno.EBADF, NOTHING, map_a_closed_descriptor=lambda w: w.mm.mmap(PAGE, fd=1 << 20))

@@ -85,7 +85,10 @@ class _Memory:
 def _alloc(device: DmaDevice, size: int) -> _Memory | None:
     if not device.domain.iommu and size > PAGE_SIZE:
         return _alloc_slots(device, size)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError):
+        return None
     pages.madvise(mmap.MADV_DONTFORK)
     with memoryview(pages) as view:
         addr = _address_of(view)

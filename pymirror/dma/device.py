@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from ..errors import MirrorError
 from ..features import probe
 from .domain import DmaDomain, domain_of
 from .driver_memory import DriverMemory
 from .engine import DmaEngine
-
-if TYPE_CHECKING:
-    from .swiotlb import SwiotlbPool
+from .swiotlb import SwiotlbPool
 
 #: Physical addresses have 52 bits at most on x86-64.
 _ALL_MEMORY = (1 << 52) - 1
@@ -38,6 +35,12 @@ class DmaDevice(DmaEngine, DriverMemory):
         super().__init__()
         self.name = name
         self.dma_mask = _check_mask(name, dma_mask)
+        if not isinstance(iommu, bool | DmaDomain) or not isinstance(swiotlb, SwiotlbPool | None):
+            raise MirrorError(
+                errno.EINVAL,
+                f"{name}: iommu={iommu!r}, swiotlb={swiotlb!r}",
+                hint="iommu is True, False or a domain, swiotlb a SwiotlbPool",
+            )
         self._iommu = iommu
         self._domain: DmaDomain | None = None
         self._made_domains: list[DmaDomain] = []

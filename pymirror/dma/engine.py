@@ -14,6 +14,7 @@ from .._shim import ffi, lib
 from ..callback import may_wait
 from ..errors import MirrorError, error
 from ..history import ago, invalidated_text
+from .direction import DMA_MAPPING_ERROR
 from .domain import DmaDomain, inherited
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class DmaEngine:
 
     def dma_read(self, daddr: int, n: int) -> bytes:
         """The n bytes at DMA address daddr. Errors as dma_read_into(); that one copies once less."""
+        _check_span(f"{self.name}: DMA read", daddr, n)
         into = bytearray(n)
         self.dma_read_into(daddr, into)
         return bytes(into)
@@ -235,13 +237,17 @@ class DmaEngine:
 
 
 def _check_span(what: str, daddr: int, size: int) -> None:
-    if daddr >= 0 and size > 0 and daddr + size <= 1 << 64:
+    if daddr >= 0 and size > 0 and daddr + size <= 1 << 64 and daddr != DMA_MAPPING_ERROR:
         return
-    if size <= 0:
+    hint = "give a DMA address and at least one byte"
+    if daddr == DMA_MAPPING_ERROR:
+        wrong = f"{daddr:#x} is DMA_MAPPING_ERROR, and no address"
+        hint = "ask dma_mapping_error() before an address is used; the logger pymirror.dma says why"
+    elif size <= 0:
         wrong = f"{size} bytes at {daddr:#x}"
     else:
         wrong = f"[{daddr:#x}, {daddr + size:#x}) is beyond 64 bits of address"
-    raise MirrorError(errno.EINVAL, f"{what}: {wrong}", hint="give a DMA address and at least one byte")
+    raise MirrorError(errno.EINVAL, f"{what}: {wrong}", hint=hint)
 
 
 def _stale(what: str, access: Any, daddr: int, mapping: DmaMapping | None) -> StaleDmaError:
