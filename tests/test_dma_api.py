@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import gc
 import mmap
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from dma_memory import PAGE, mapped, pages, refuses
+from racing import in_child
+from seams import foreign
 
 import pymirror as pm
 from pymirror.dma.engine import IommuFaultError
@@ -240,6 +246,49 @@ class TestCoherent:
             device.dma_read(addr, 1)
         with pytest.raises(ValueError, match="released"):
             cpu[0]
+
+    def test_it_is_freed_by_an_array_of_it(self, device: pm.Device) -> None:
+        cpu, addr = pm.dma_alloc_coherent(device, 64)
+        pm.dma_free_coherent(device, 64, np.frombuffer(cpu, np.uint8), addr)
+        assert not len(device.dma_debug)
+
+    def test_what_a_forked_child_maps_is_not_unmapped_with_it(self, device: pm.Device) -> None:
+        """A child that lets the memory go must not unmap what stands at its addresses there."""
+        cpu, addr = pm.dma_alloc_coherent(device, 4 * PAGE)
+        start = np.frombuffer(cpu, np.uint8).ctypes.data
+
+        def child() -> None:
+            try:
+                own = foreign.mmap(start, 4 * PAGE, 3, 0x100022)  # MAP_FIXED_NOREPLACE
+            except OSError:
+                own = 0
+            entry = device.dma_debug.at(addr)
+            assert entry is not None
+            entry.backing = None
+            device.domain._mappings.clear()
+            cpu.release()
+            gc.collect()
+            if own == start:
+                assert ctypes.string_at(start, 4 * PAGE) == bytes(4 * PAGE)
+
+        assert in_child(child) == 0
+        cpu[0] = 1
+        assert device.dma_read(addr, 1) == b"\x01"
+        pm.dma_free_coherent(device, 4 * PAGE, cpu, addr)
+
+    def test_it_is_there_until_the_very_end(self) -> None:
+        """Handlers of atexit that were registered before it run after those of weakref.finalize()."""
+        script = (
+            "import atexit, weakref\n"
+            "import pymirror as pm\n"
+            "keep = {}\n"
+            "atexit.register(lambda: print(bytes(keep['cpu'][:4])))\n"
+            "device = pm.Device('d0')\n"
+            "keep['cpu'], addr = pm.dma_alloc_coherent(device, 4096)\n"
+            "keep['cpu'][:4] = b'here'\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "b'here'\n"), done.stderr
 
     def test_its_own_mask(self, device: pm.Device) -> None:
         pm.dma_set_coherent_mask(device, pm.DMA_BIT_MASK(20))

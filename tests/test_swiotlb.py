@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from dma_memory import PAGE, bouncing, mapped, pages, refuses
 from hypothesis import given
+from seams import foreign, inject
 
 import pymirror as pm
 from pymirror.dma.engine import IommuFaultError
@@ -71,6 +74,32 @@ class TestBouncing:
         pm.dma_sync_single_for_cpu(device, addr, 8, pm.DMA_TO_DEVICE)
         pm.dma_unmap_single(device, addr, 8, pm.DMA_TO_DEVICE)
         assert buffer == b"the CPU."
+
+    @pytest.mark.parametrize("prot", [mmap.PROT_READ, 0], ids=["read-only", "none"])
+    def test_memory_that_is_not_to_be_written_is_refused(self, device: pm.Device, prot: int) -> None:
+        """The copy back at unmap would kill the process."""
+        addr = foreign.mmap(0, 2 * PAGE, prot, 0x22)
+        buffer = (ctypes.c_ubyte * (2 * PAGE)).from_address(addr)
+        with refuses(errno.EFAULT):
+            pm.dma_map_single(device, buffer, 2 * PAGE, pm.DMA_FROM_DEVICE)
+        if not prot:
+            with refuses(errno.EFAULT):
+                pm.dma_map_single(device, buffer, 2 * PAGE, pm.DMA_TO_DEVICE)
+        foreign.munmap(addr + PAGE, PAGE)
+        with refuses(errno.EFAULT):
+            pm.dma_map_sg(device, pm.sg_list(pages(1), buffer), 2, pm.DMA_TO_DEVICE)
+        foreign.munmap(addr, PAGE)
+
+    def test_out_of_memory_is_a_mapping_error_and_leaves_no_slot(self, device: pm.Device) -> None:
+        assert not device.domain.iommu
+        with inject("MALLOC") as injection:
+            addr = pm.dma_map_single(device, pages(1), PAGE, pm.DMA_TO_DEVICE)
+        assert injection.struck
+        assert pm.dma_mapping_error(device, addr)
+        with inject("MALLOC") as injection, refuses(errno.ENOMEM):
+            pm.dma_alloc_coherent(device, 5 * PAGE)
+        assert injection.struck
+        assert device.swiotlb.used == 0
 
     def test_skipping_the_cpu_sync_leaves_the_memory(self, device: pm.Device) -> None:
         buffer = bytearray(8)

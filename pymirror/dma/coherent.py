@@ -16,13 +16,18 @@ from .._shim import ffi
 from ..errors import MirrorError
 from .direction import DmaDirection
 from .entry import DmaEntry, DmaType
-from .memory import PAGE_SIZE, is_reachable, map_pages, map_slots, physical_pages
+from .memory import PAGE_SIZE, is_reachable, map_pages, map_slots, physical_pages, unless_no_room
 from .record import DmaMapping, Site
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from .device import DmaDevice
 
 _BOTH = DmaDirection.BIDIRECTIONAL
+#: A child finds zeroes there. Left out of it (MADV_DONTFORK), the addresses would go to something else, which
+#: the end of this memory would unmap.
+_MADV_WIPEONFORK = 18
 
 
 def dma_alloc_coherent(device: DmaDevice, size: int) -> tuple[memoryview, int]:
@@ -50,8 +55,8 @@ def dma_alloc_coherent(device: DmaDevice, size: int) -> tuple[memoryview, int]:
     return memory.view[:size], address
 
 
-def dma_free_coherent(device: DmaDevice, size: int, cpu: memoryview, dma_handle: int) -> None:
-    """Free it, with the size and the view that dma_alloc_coherent() was asked for and gave.
+def dma_free_coherent(device: DmaDevice, size: int, cpu: Buffer, dma_handle: int) -> None:
+    """Free it, with the size that was asked for and the view that was given, or an array of all of it.
 
     The device reaches it no more, and ``cpu`` is released. Where arrays or other views of it live, the memory
     stays until the last of them is gone. DmaDebugError (EINVAL) when size, view or address are others;
@@ -61,8 +66,9 @@ def dma_free_coherent(device: DmaDevice, size: int, cpu: memoryview, dma_handle:
     entry = device.dma_debug.check_unmap(dma_handle, size, _BOTH, DmaType.COHERENT, cpu_addr=_address_of(cpu))
     if device.dma_debug.remove(entry) and entry.backing is not None:
         entry.backing.unmap(None)
-        with suppress(BufferError):
-            cpu.release()
+        if isinstance(cpu, memoryview):
+            with suppress(BufferError):
+                cpu.release()
 
 
 class _Memory:
@@ -71,7 +77,7 @@ class _Memory:
     def __init__(self, mapping: DmaMapping, addr: int, size: int, give_back: Callable[[], None]) -> None:
         self.mapping, self.cpu_addr = mapping, addr
         exporter = (ctypes.c_ubyte * size).from_address(addr)
-        weakref.finalize(exporter, give_back)
+        weakref.finalize(exporter, give_back).atexit = False
         self.view = memoryview(exporter).cast("B")
 
     @property
@@ -89,7 +95,7 @@ def _alloc(device: DmaDevice, size: int) -> _Memory | None:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError):
         return None
-    pages.madvise(mmap.MADV_DONTFORK)
+    pages.madvise(_MADV_WIPEONFORK)
     with memoryview(pages) as view:
         addr = _address_of(view)
     pfns: Any = None
@@ -97,15 +103,13 @@ def _alloc(device: DmaDevice, size: int) -> _Memory | None:
         pfns = physical_pages(device, addr, size, write=True)
         if not is_reachable(device, pfns, addr, size, device.coherent_dma_mask):
             return _alloc_slots(device, size)
-    try:
-        mapping = map_pages(
+    mapping = unless_no_room(
+        device,
+        lambda: map_pages(
             device, DmaType.COHERENT, addr, size, _BOTH, pfns=pfns, mask=device.coherent_dma_mask
-        )
-    except MirrorError as refused:
-        if refused.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFAULT):
-            return None
-        raise
-    return _Memory(mapping, addr, size, pages.close)
+        ),
+    )
+    return None if mapping is None else _Memory(mapping, addr, size, pages.close)
 
 
 def _alloc_slots(device: DmaDevice, size: int) -> _Memory | None:
@@ -117,11 +121,18 @@ def _alloc_slots(device: DmaDevice, size: int) -> _Memory | None:
     if slots is None:
         return None
     ffi.memmove(ffi.cast("char *", slots.cpu_addr), bytes(size), size)
-    mapping = map_slots(device, DmaType.COHERENT, slots, size, _BOTH)
+    mapping = None
+    try:
+        mapping = unless_no_room(device, lambda: map_slots(device, DmaType.COHERENT, slots, size, _BOTH))
+    finally:
+        if mapping is None:
+            pool.free(slots)
+    if mapping is None:
+        return None
     return _Memory(mapping, slots.cpu_addr, size, partial(pool.free, slots))
 
 
-def _address_of(view: memoryview) -> int:
+def _address_of(view: Buffer) -> int:
     try:
         with ffi.from_buffer(view) as data:
             return int(ffi.cast("uintptr_t", data))

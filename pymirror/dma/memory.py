@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -111,9 +112,17 @@ def map_memory(
     if not device.domain.iommu:
         pfns = physical_pages(device, addr, size, write=direction.device_writes)
         if not is_reachable(device, pfns, addr, size, device.dma_mask):
-            return _map_bounced(device, kind, addr, size, direction)
+            return _map_bounced(device, kind, addr, size, direction, site)
+    mapping = unless_no_room(
+        device, lambda: map_pages(device, kind, addr, size, direction, pfns=pfns, site=site)
+    )
+    return None if mapping is None else Backing(mapping, size)
+
+
+def unless_no_room(device: DmaDevice, make: Callable[[], DmaMapping]) -> DmaMapping | None:
+    """The mapping that it makes; None where none is to be had, with the reason logged."""
     try:
-        return Backing(map_pages(device, kind, addr, size, direction, pfns=pfns, site=site), size)
+        return make()
     except MirrorError as refused:
         if refused.errno in _NO_ROOM:
             device.dma_debug.no_room(str(refused))
@@ -149,25 +158,44 @@ def map_pages(
     return DmaMapping(device, kind, direction, options, site)
 
 
-def map_slots(device: DmaDevice, kind: str, slots: Slots, size: int, direction: DmaDirection) -> DmaMapping:
+def map_slots(
+    device: DmaDevice,
+    kind: str,
+    slots: Slots,
+    size: int,
+    direction: DmaDirection,
+    site: Site | None = None,
+) -> DmaMapping:
     """Memory of the bounce pool, at its address on the bus."""
     first = slots.bus_addr >> PAGE_SHIFT
     pfns = np.arange(first, first + pages_of(slots.bus_addr, size), dtype=np.uint64)
-    return map_pages(device, kind, slots.cpu_addr, size, direction, pfns=pfns)
+    return map_pages(device, kind, slots.cpu_addr, size, direction, pfns=pfns, site=site)
 
 
 def physical_pages(device: DmaDevice, addr: int, size: int, *, write: bool) -> np.ndarray[Any, Any]:
-    """The PFNs of the pages that hold the memory, which are made present. FeatureError as ordinary user."""
+    """The PFNs of the pages that hold the memory, made present. EFAULT; FeatureError as ordinary user."""
     device._need_pfns()
     first, n = addr >> PAGE_SHIFT, pages_of(addr, size)
     advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
-    _libc.madvise(first << PAGE_SHIFT, n << PAGE_SHIFT, advice)
+    if _libc.madvise(first << PAGE_SHIFT, n << PAGE_SHIFT, advice):
+        _refuse_memory(device, addr, size, write)
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         raw = np.frombuffer(os.pread(fd, n * 8, first * 8), np.uint64)
     finally:
         os.close(fd)
     return np.where(raw & _PRESENT, raw & np.uint64(_PFN), np.uint64(0))
+
+
+def _refuse_memory(device: DmaDevice, addr: int, size: int, write: bool) -> NoReturn:
+    """A copy to or from a bounce buffer would be this process's end."""
+    raise MirrorError(
+        errno.EFAULT,
+        f"{device.name}: DMA map of {size} bytes at {addr:#x}: not all of it is memory that this process may"
+        f" {'write' if write else 'read'}",
+        addr=addr,
+        hint="mmap() or mprotect() it first, or map it DMA_TO_DEVICE" if write else "mmap() it first",
+    )
 
 
 def pages_of(addr: int, size: int) -> int:
@@ -186,7 +214,7 @@ def is_reachable(device: DmaDevice, pfns: np.ndarray[Any, Any], addr: int, size:
 
 
 def _map_bounced(
-    device: DmaDevice, kind: str, addr: int, size: int, direction: DmaDirection
+    device: DmaDevice, kind: str, addr: int, size: int, direction: DmaDirection, site: Site
 ) -> Backing | None:
     pool = device.swiotlb
     slots = pool.alloc(size)
@@ -198,7 +226,8 @@ def _map_bounced(
         if slots.bus_addr + size - 1 <= device.dma_mask:
             # Also what the device only writes: it may write a part, and all is copied back.
             bounce.to_device(0, size)
-            backing = Backing(map_slots(device, kind, slots, size, direction), size, bounce)
+            mapping = unless_no_room(device, lambda: map_slots(device, kind, slots, size, direction, site))
+            backing = None if mapping is None else Backing(mapping, size, bounce)
     finally:
         if backing is None:
             bounce.free()
