@@ -107,16 +107,17 @@ class Adoptions:
     """What of an mm is adopted. Intervals may overlap; what was collected or closed does not count."""
 
     def __init__(self) -> None:
-        self._all: weakref.WeakSet[Adopted] = weakref.WeakSet()
+        # By identity: a WeakSet cannot be looked at while another thread adds to it.
+        self._all: weakref.WeakValueDictionary[int, Adopted] = weakref.WeakValueDictionary()
 
     def add(self, adopted: Adopted) -> None:
-        self._all.add(adopted)
+        self._all[id(adopted)] = adopted
 
     def __len__(self) -> int:
         return len(self.live())
 
     def live(self) -> list[Adopted]:
-        return [one for one in list(self._all) if not one.closed]
+        return [one for ref in self._all.valuerefs() if (one := ref()) is not None and not one.closed]
 
     def check(self, mm: AddressSpace, what: str, start: int, end: int) -> None:
         """EBUSY if [start, end) holds adopted memory."""
@@ -135,7 +136,7 @@ class Adoptions:
 def _bytes_of(buffer: Buffer) -> npt.NDArray[np.uint8]:
     """The bytes of a contiguous buffer in order of address, holding its export."""
     try:
-        held = buffer if isinstance(buffer, np.ndarray) else np.asarray(memoryview(buffer))
+        held = np.asarray(buffer if isinstance(buffer, np.ndarray) else memoryview(buffer))
     except (TypeError, ValueError) as wrong:
         what = f"a {type(buffer).__name__} has no buffer ({wrong})"
         raise _refused(what, "give an array, a bytearray or a mmap") from None

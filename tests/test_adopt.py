@@ -5,7 +5,9 @@ from __future__ import annotations
 import array
 import errno
 import gc
+import itertools
 import mmap
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,17 +44,19 @@ def pages(n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         lambda: np.arange(8 * PAGE, dtype=np.float64),
         lambda: np.asfortranarray(np.arange(6 * PAGE).reshape(6, PAGE)),
         lambda: np.zeros(4 * PAGE, [("a", "i4"), ("b", "f8")]),
+        lambda: np.ma.MaskedArray(np.arange(8 * PAGE)),
         lambda: bytearray(b"mirror" * PAGE),
         lambda: array.array("d", range(4 * PAGE)),
         lambda: bytes(5 * PAGE),
         lambda: mmap.mmap(-1, 3 * PAGE),
     ],
-    ids=["numpy", "fortran", "records", "bytearray", "array", "bytes", "mmap"],
+    ids=["numpy", "fortran", "records", "subclass", "bytearray", "array", "bytes", "mmap"],
 )
 def test_a_device_reads_the_whole_pages_of_any_buffer(mm: pm.AddressSpace, make: Any) -> None:
     owner = make()
     with mm.adopt(owner) as own:
         assert own.addr % PAGE == own.size % PAGE == 0
+        assert isinstance(own.view, memoryview)
         assert len(own) == own.size == own.view.nbytes
         assert device_reads(mm, own) == bytes(own.view)
         assert own.readonly == isinstance(owner, bytes)
@@ -227,3 +231,21 @@ class TestTheEnd:
         mm = pm.AddressSpace()
         mm.close()
         assert errno_of(mm.adopt, bytearray(4 * PAGE)) == errno.ESRCH
+
+
+def test_threads_adopt_while_others_look(mm: pm.AddressSpace) -> None:
+    """Looking walks over what is adopted: what another thread adopts meanwhile must not end the walk."""
+    owners = [pages(1) for _ in range(8)]
+    adopted = [mm.adopt(owner) for owner in owners]
+    late: list[pm.Adopted] = []
+    steps = itertools.count()
+
+    def adopt_late(_frame: Any, event: str, _arg: object) -> None:
+        if event == "call" and not late and next(steps) == 6:
+            late.append(mm.adopt(owners[0]))
+
+    sys.setprofile(adopt_late)
+    try:
+        assert set(adopted) <= set(mm._adoptions.live())
+    finally:
+        sys.setprofile(None)
