@@ -8,6 +8,7 @@ faults again after the next replay.
 
 from __future__ import annotations
 
+import copy
 import errno
 import threading
 import time
@@ -101,7 +102,8 @@ class FaultBuffer:
             finally:
                 self._leave(entry)
         if entry._refused is not None:
-            raise entry._refused
+            # Each access in its own thread: one object would gather the tracebacks of all of them.
+            raise copy.copy(entry._refused)
 
     def fetch(self, batch: int | None = None, timeout: float | None = None) -> list[FaultEntry]:
         """The driver's side: up to ``batch`` entries (None: all), the oldest first; waits for one.

@@ -149,6 +149,21 @@ def test_a_cancelled_fault_ends_its_access(driver: Buffered) -> None:
     assert driver.buffer.stats.cancelled == 2
 
 
+def test_accesses_of_one_entry_end_with_an_error_each(driver: Buffered) -> None:
+    accesses = [driver.read(0), driver.read(0)]
+    eventually(lambda: driver.buffer.stats.coalesced == 1)
+    (entry,) = driver.buffer.fetch(timeout=1)
+    driver.buffer.cancel(entry)
+    errors = []
+    for access in accesses:
+        with pytest.raises(pm.MirrorError, match="cancelled") as failed:
+            access.result()
+        errors.append(failed.value)
+    assert errors[0] is not errors[1]
+    assert str(errors[0]) == str(errors[1])
+    assert errors[0].addr == errors[1].addr == driver.memory.addr
+
+
 def test_nobody_serves_it(mm: pm.AddressSpace) -> None:
     with Buffered(mm, timeout=0.05) as driver:
         access = driver.read(0)
