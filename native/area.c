@@ -58,7 +58,11 @@ static bool beside_code(int fd, const struct pm_vma *vma)
 {
     struct pm_vma near = *vma;
 
-    for (int i = 0; i < PIECES && !find_vma(fd, near.end, &near) && same_file(&near, vma); i++) {
+    for (int i = 0; i < PIECES; i++) {
+        uint64_t end = near.end;
+
+        if (find_vma(fd, end, &near) || near.start != end || !same_file(&near, vma))
+            break;
         if (near.flags & PM_VMA_EXEC)
             return true;
     }

@@ -65,6 +65,22 @@ static void a_file_of_data_is_no_rodata(void)
     close(fd);
 }
 
+static void nor_is_one_with_a_hole_before_the_code(void)
+{
+    int fd = open("/proc/self/exe", O_RDONLY);
+    char *memory = map(PROT_NONE);
+    int fixed = MAP_PRIVATE | MAP_FIXED;
+
+    NEED_EQ(munmap(memory, 3 * PAGE), 0);
+    NEED(mmap(memory, PAGE, PROT_READ, fixed, fd, 0) == memory);
+    NEED(mmap(memory + 2 * PAGE, PAGE, PROT_READ | PROT_EXEC, fixed, fd, 0) == memory + 2 * PAGE);
+    CHECK_EQ(pm_memory_area((uintptr_t)memory, PAGE), PM_AREA_READONLY);
+    NEED(mmap(memory + PAGE, PAGE, PROT_READ | PROT_EXEC, fixed, fd, 0) == memory + PAGE);
+    CHECK_EQ(pm_memory_area((uintptr_t)memory, PAGE), PM_AREA_RODATA | PM_AREA_READONLY);
+    munmap(memory, 3 * PAGE);
+    close(fd);
+}
+
 static void intervals_that_are_none(void)
 {
     CHECK_EQ(pm_memory_area(PAGE, 0), -EINVAL);
@@ -97,6 +113,8 @@ static void spans_tell_who_overlaps(void)
     CHECK_EQ(pm_spans_find(spans, 29, 29, &other), 0);
     CHECK_EQ(other, 2);
     CHECK_EQ(pm_spans_find(spans, 30, 99, &other), -ENOENT);
+    CHECK_EQ(pm_spans_find(spans, 20, 25, &other), 0);
+    CHECK_EQ(other, 2);
     CHECK_EQ(pm_spans_add(spans, 5, 6, 0, &low, &other), -EINVAL);
     CHECK_EQ(pm_spans_add(spans, 5, 4, 4, &low, &other), -EINVAL);
     CHECK_EQ(pm_spans_remove(spans, both), 0);
@@ -106,9 +124,13 @@ static void spans_tell_who_overlaps(void)
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
-        TEST(ordinary_memory_has_no_flags), TEST(stacks),
-        TEST(code_and_constants),           TEST(a_file_of_data_is_no_rodata),
-        TEST(intervals_that_are_none),      TEST(no_descriptor_no_answer),
+        TEST(ordinary_memory_has_no_flags),
+        TEST(stacks),
+        TEST(code_and_constants),
+        TEST(a_file_of_data_is_no_rodata),
+        TEST(nor_is_one_with_a_hole_before_the_code),
+        TEST(intervals_that_are_none),
+        TEST(no_descriptor_no_answer),
         TEST(spans_tell_who_overlaps),
     };
 
