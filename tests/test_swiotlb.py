@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 from collections.abc import Iterator
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from dma_memory import PAGE, bouncing, mapped, pages, refuses
 from hypothesis import given
-from seams import foreign, inject
+from seams import Background, foreign, inject
 
 import pymirror as pm
+from pymirror.dma import swiotlb
 from pymirror.dma.engine import IommuFaultError
 from pymirror.dma.swiotlb import IO_TLB_SEGSIZE, IO_TLB_SIZE, SwiotlbPool, default_pool
 
@@ -100,6 +102,26 @@ class TestBouncing:
             pm.dma_alloc_coherent(device, 5 * PAGE)
         assert injection.struck
         assert device.swiotlb.used == 0
+
+    def test_a_collection_inside_the_pool_may_release_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool = SwiotlbPool(SEGMENT)
+        find = swiotlb._find
+
+        def collecting(free: int, count: int, stride: int) -> int:
+            gc.collect()
+            return find(free, count, stride)
+
+        lost = bouncing(pool)
+        mapped(lost, bytearray(8), pm.DMA_TO_DEVICE)
+        gc.collect()
+        lost.itself = lost  # type: ignore[attr-defined]
+        del lost
+        monkeypatch.setattr(swiotlb, "_find", collecting)
+        with pytest.warns(ResourceWarning, match="leaked"):
+            slots = Background(lambda: pool.alloc(8)).result()
+        assert slots is not None
+        pool.free(slots)
+        assert pool.used == 0
 
     def test_skipping_the_cpu_sync_leaves_the_memory(self, device: pm.Device) -> None:
         buffer = bytearray(8)

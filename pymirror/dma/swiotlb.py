@@ -59,7 +59,8 @@ class SwiotlbPool:
         self.cpu_addr = int(ffi.cast("uintptr_t", self._view))
         self._free = [_SEGMENT] * (size // per_segment)
         self._next = 0
-        self._lock = threading.Lock()
+        # A collection inside it may run a finalizer that gives slots back.
+        self._lock = threading.RLock()
         self.slots = size // IO_TLB_SIZE
         self.used = self.high_water = self.exhausted = 0
 
