@@ -506,7 +506,7 @@ void pm_spans_destroy(pm_spans *spans);
 /* `other` becomes the cookie of one that was there and overlaps, 0 without one. */
 int pm_spans_add(pm_spans *spans, uint64_t start, uint64_t last, uint64_t cookie, pm_span **ret,
                  uint64_t *other);
-/* The cookie of the first that overlaps [start, last], or -ENOENT. */
+/* The cookie of one that holds all of [start, last], else of the first that overlaps it, or -ENOENT. */
 int pm_spans_find(pm_spans *spans, uint64_t start, uint64_t last, uint64_t *ret);
 /* Frees the span. */
 int pm_spans_remove(pm_spans *spans, pm_span *span);

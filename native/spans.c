@@ -84,19 +84,35 @@ int pm_spans_add(pm_spans *spans, uint64_t start, uint64_t last, uint64_t cookie
     return 0;
 }
 
+struct wanted {
+    uint64_t start, last;
+    uint64_t cookie; /* out */
+};
+
+/* The first, until there is one that holds all. */
+static bool take_whole(struct pm_inode *node, void *arg)
+{
+    struct wanted *want = arg;
+    bool whole = node->start <= want->start && want->last <= node->last;
+
+    if (whole || !want->cookie)
+        want->cookie = ((struct pm_span *)node)->cookie;
+    return !whole;
+}
+
 int pm_spans_find(pm_spans *spans, uint64_t start, uint64_t last, uint64_t *ret)
 {
-    uint64_t cookie = 0;
+    struct wanted want = {.start = start, .last = last};
 
     if (start > last)
         return -EINVAL;
     if (spans->owner != pm_process())
         return -ESRCH;
     pthread_mutex_lock(&spans->lock);
-    pm_itree_visit(spans->root, start, last, take_cookie, &cookie);
+    pm_itree_visit(spans->root, start, last, take_whole, &want);
     pthread_mutex_unlock(&spans->lock);
-    *ret = cookie;
-    return cookie ? 0 : -ENOENT;
+    *ret = want.cookie;
+    return want.cookie ? 0 : -ENOENT;
 }
 
 int pm_spans_remove(pm_spans *spans, pm_span *span)

@@ -11,6 +11,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Iterator
+from unittest.mock import MagicMock
 
 import pytest
 from dma_memory import PAGE, mapped, pages, refuses
@@ -339,6 +340,18 @@ class TestLeaks:
         assert (leak.mapped.file, leak.mapped.line) == (__file__, line)
         assert device.domain.stats()["mappings"] == 0
 
+    def test_what_ctrl_c_left_is_done_by_the_next_release(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = pm.Device("d0")
+        mapped(device, bytearray(8), pm.DMA_TO_DEVICE)
+        mapped(device, bytearray(8), pm.DMA_TO_DEVICE)
+        with monkeypatch.context() as patch:
+            patch.setattr(device.dma_debug, "remove", MagicMock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                device.release()
+        assert len(device.release()) == 2
+        assert device.release() == []
+        assert not device.domain.mappings()
+
     def test_of_a_device_that_nobody_released(self) -> None:
         device = pm.Device("forgotten")
         buffer = bytearray(8)
@@ -461,3 +474,20 @@ def stack_of_this_thread() -> int:
     libc.pthread_attr_destroy(attr)
     assert base.value is not None
     return base.value + size.value - PAGE
+
+
+@pytest.mark.root
+def test_a_sync_is_of_the_mapping_that_has_all_of_it() -> None:
+    """Without an IOMMU mappings of the same memory have the same addresses."""
+    memory = pages(1)
+    with pm.Device("direct", iommu=False) as device:
+        sizes = [(100, 0), (PAGE, 0), (50, 200)]
+        addrs = [mapped(device, memory, pm.DMA_TO_DEVICE, size, offset) for size, offset in sizes]
+        for offset, size in ((0, 2000), (200, 51), (249, 300), (60, 4000)):
+            pm.dma_sync_single_for_device(device, addrs[0] + offset, size, pm.DMA_TO_DEVICE)
+        with refuses(errno.EINVAL, "sync-beyond"):
+            pm.dma_sync_single_for_device(device, addrs[0], PAGE + 1, pm.DMA_TO_DEVICE)
+        with refuses(errno.EINVAL, "sync-unallocated"):
+            pm.dma_sync_single_for_device(device, 1 << 70, 8, pm.DMA_TO_DEVICE)
+        for addr, (size, _) in zip(addrs, sizes, strict=True):
+            pm.dma_unmap_single(device, addr, size, pm.DMA_TO_DEVICE)

@@ -45,7 +45,8 @@ class DmaDebug:
         self._by_address: dict[int, list[DmaEntry]] = {}
         self._by_number: dict[int, DmaEntry] = {}
         self._places = Spans()
-        self._lock = threading.Lock()
+        # A signal handler that strikes inside it may unmap.
+        self._lock = threading.RLock()
         self._said: set[tuple[DmaDebugCategory | None, Site | None, Site]] = set()
 
     def __len__(self) -> int:
@@ -72,15 +73,15 @@ class DmaDebug:
         last = entry.address + entry.size - 1
         entry.place, _ = self._places.add(entry.address, last, entry.number)
         with self._lock:
-            self._by_number[entry.number] = entry
             self._by_address.setdefault(entry.address, []).append(entry)
+            self._by_number[entry.number] = entry
         if entry.cpu_addr:
             self._check_memory(entry)
             if entry.direction.device_writes:
                 self._check_overlap(entry)
 
     def remove(self, entry: DmaEntry) -> bool:
-        """Forget a entry. False: another thread has done so already."""
+        """Forget an entry. False: another thread has done so already."""
         with self._lock:
             if self._by_number.pop(entry.number, None) is None:
                 return False
@@ -98,8 +99,15 @@ class DmaDebug:
         return there[0] if there else None
 
     def holding(self, address: int, size: int) -> DmaEntry | None:
-        """A mapping that has a part of [address, address + size)."""
+        """A mapping that has all of [address, address + size), or one that has a part of it."""
         return self._by_number.get(self._places.find(address, address + max(size, 1) - 1))
+
+    def _whole(self, address: int, size: int) -> DmaEntry | None:
+        """A mapping that has all of it: without an IOMMU a smaller one may be there too."""
+        found = self.holding(address, size)
+        if found is None or found.address > address or address + size > found.address + found.size:
+            return None
+        return found
 
     def mapping_error(self, address: int) -> bool:
         """dma_mapping_error(): the driver has looked."""
@@ -158,7 +166,9 @@ class DmaDebug:
         to = "for the CPU" if for_cpu else "for the device"
         type_ = DmaType.SG if sg else DmaType.SINGLE
         asked = DmaEntry(address, size, direction, type_, Site.of_caller())
-        entry = self._best(asked) or self.holding(address, 1)
+        entry = self._best(asked)
+        if entry is None or entry.size < size:
+            entry = self._whole(address, size) or entry or self.holding(address, 1)
         if entry is None:
             self.report(
                 DmaDebugCategory.SYNC_UNALLOCATED,

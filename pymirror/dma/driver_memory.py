@@ -73,10 +73,10 @@ class DriverMemory:
     def release(self) -> list[DmaDebugReport]:
         """The driver lets go of the device: what is still mapped is reported as leaked, then unmapped.
 
-        Returns the reports, one for each mapping. Nothing can be mapped for it afterwards. Idempotent. ESRCH
-        in a forked child.
+        Returns the reports, one for each mapping. Nothing can be mapped for it afterwards. Idempotent, and
+        again does what Ctrl-C left undone. ESRCH in a forked child.
         """
-        if self.released:
+        if self.released and not self._has_mappings():
             return []
         self._check_here(f"{self.name}: release")
         self.released = True
@@ -129,6 +129,9 @@ class DriverMemory:
         if not self._sees_pfns:
             self._require_pfns(f"{self.name}: DMA without an IOMMU")
             self._sees_pfns = True
+
+    def _has_mappings(self) -> bool:
+        return bool(len(self.dma_debug) or self._mapped())
 
     def _mapped(self) -> list[DmaMapping]:
         domain = self._domain

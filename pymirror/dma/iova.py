@@ -26,6 +26,8 @@ class IovaExtent:
     def alloc(cls, device: DmaDevice, size: int) -> IovaExtent | None:
         """The highest that the device can form; None when there is no room."""
         domain, out = device.domain, ffi.new("uint64_t *")
+        if size >= 1 << 64:
+            return None
         iovas = lib.pm_domain_iovas(domain.native)
         ret = lib.pm_iova_alloc(iovas, size, device.dma_mask, out)
         if ret == -errno.ENOSPC and domain.flush():

@@ -31,6 +31,9 @@ class Spans:
         return span[0], int(other[0])
 
     def find(self, start: int, last: int) -> int:
+        """The cookie of one that holds all of [start, last], else of one that it overlaps, 0 without one."""
+        if not 0 <= start <= last < 1 << 64:
+            return 0
         other = ffi.new("uint64_t *")
         return int(other[0]) if lib.pm_spans_find(self._native, start, last, other) == 0 else 0
 
