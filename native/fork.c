@@ -37,9 +37,6 @@ static void prepare_mm(struct pm_mm *mm)
     /* Until the fork is over, so that a close waits for it. */
     if (pm_mm_enter(mm))
         return;
-    /* Without the kernel's message there is no other way to give a child what is on a device. */
-    if (!pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
-        pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
     n = pm_watch_shared(mm, shared, PM_FORK_PIECES - 1);
     pm_lock(mm);
     mm->fork_tid = pm_gettid();
@@ -49,6 +46,11 @@ static void prepare_mm(struct pm_mm *mm)
     mm->stats.events[PM_PROTECTION_PAGE]++;
     pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     pm_unlock(mm);
+    /*
+     * Nothing leaves any more, so a child finds all there. Copying into it at the kernel's message, as for
+     * the child of a raw clone, would race with what it does first.
+     */
+    pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
 }
 
 static void parent_mm(struct pm_mm *mm)
