@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 import pymirror as pm
 from benchmarks import cases, floors
-from benchmarks.__main__ import main
+from benchmarks.__main__ import EXIT_LEFT_OUT, main
 from benchmarks.cases.fault import by_loop, by_numpy
 from benchmarks.measure import Result, Samples, measure
 from benchmarks.memory import PAGE, WorkError, expect, mirrored, small_pages
@@ -57,6 +58,20 @@ def test_names_may_be_patterns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(SystemExit, match="no-such"):
         main(["no-such"])
+
+
+def test_what_the_system_refuses_is_left_out_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object) -> None:
+        raise pm.MirrorError(errno.ENOMEM, "pin_user_pages: the limit", hint="raise it")
+
+    monkeypatch.setattr(pm, "pin_user_pages", refuse)
+    assert main(["dma-debug", "gup-dma-map", "--json", "--rounds", "1", "--scale", "256"]) == EXIT_LEFT_OUT
+    out, err = capsys.readouterr()
+    measured = {one["name"] for one in json.loads(out)["results"]}
+    assert measured == {"dma-debug"}
+    assert err == "left out: gup-dma-map: [Errno 12] ENOMEM: pin_user_pages: the limit; do: raise it\n"
 
 
 def test_the_command_prints_the_machine_and_a_table() -> None:
