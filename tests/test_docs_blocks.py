@@ -28,6 +28,7 @@ STANDS_IN = {
     "make demo": "make demo DEMO_ARGS='--seconds 0.5'",
     "make bench": f"make bench BENCH_ARGS='{_SMALL}'",
     'make bench BENCH_ARGS="fault-warm --rounds 400"': f"make bench BENCH_ARGS='fault-warm {_SMALL}'",
+    ".venv/bin/python -m benchmarks '*dma*' --json": f"python -m benchmarks '*dma*' --json {_SMALL}",
     ".venv/bin/python -m benchmarks 'fault-*' --json": f"python -m benchmarks 'fault-*' --json {_SMALL}",
 }
 #: What has to be set up first: the test that does, and compares.
@@ -35,6 +36,8 @@ ELSEWHERE = {
     ("docs/doctor.md", ".venv/bin/pymirror doctor"): "test_docs_doctor.py::test_doctor_as_an_ordinary_user",
     ("docs/doctor.md", "pymirror inspect 4242"): "test_docs_doctor.py::test_inspect_of_a_process_that_hangs",
 }
+#: Features that a page's programs are about.
+PAGE_NEEDS = {"device-memory.md": ("uffd_kernel", "uffd_events", "move", "pagemap")}
 KINDS = {"python", "text", "c", "drawing", "shell"}
 #: Prepended to the statements of a C block; they run with memory that is mirrored, at `addr`, `len`.
 C_FRAME = (TESTS / "docpages_frame.c").read_text()
@@ -95,6 +98,7 @@ def test_a_drawing_is_no_program(block: Block) -> None:
     "page", sorted({block.page for block in of_kind("python")}), ids=lambda page: page.name
 )
 def test_python(page: Path) -> None:
+    needs(*PAGE_NEEDS.get(page.name, ()))
     done = subprocess.run(
         [sys.executable, str(TESTS / "docpages.py"), str(page)],
         capture_output=True,
