@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -102,6 +103,27 @@ class TestBouncing:
             pm.dma_alloc_coherent(device, 5 * PAGE)
         assert injection.struck
         assert device.swiotlb.used == 0
+
+    def test_ctrl_c_at_unmap_leaves_no_slot_and_no_mapping(
+        self, device: pm.Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        remove = device.dma_debug.remove
+
+        def struck(*args: Any) -> None:
+            for entry in args:
+                if isinstance(entry, pm.DmaEntry):
+                    remove(entry)
+            raise KeyboardInterrupt
+
+        for where, name in ((device.dma_debug, "remove"), (swiotlb.Bounce, "to_cpu")):
+            buffer = bytearray(8)
+            addr = mapped(device, buffer, pm.DMA_FROM_DEVICE)
+            with monkeypatch.context() as patch:
+                patch.setattr(where, name, struck)
+                with pytest.raises(KeyboardInterrupt):
+                    pm.dma_unmap_single(device, addr, 8, pm.DMA_FROM_DEVICE)
+            assert device.swiotlb.used == len(device.dma_debug) == len(device.domain.mappings()) == 0
+            buffer.append(1)
 
     def test_a_collection_inside_the_pool_may_release_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pool = SwiotlbPool(SEGMENT)

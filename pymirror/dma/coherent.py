@@ -64,11 +64,9 @@ def dma_free_coherent(device: DmaDevice, size: int, cpu: Buffer, dma_handle: int
     """
     device._check_here(f"{device.name}: dma_free_coherent")
     entry = device.dma_debug.check_unmap(dma_handle, size, _BOTH, DmaType.COHERENT, cpu_addr=_address_of(cpu))
-    if device.dma_debug.remove(entry) and entry.backing is not None:
-        entry.backing.unmap(None)
-        if isinstance(cpu, memoryview):
-            with suppress(BufferError):
-                cpu.release()
+    if device.dma_debug.end(entry, None) and isinstance(cpu, memoryview):
+        with suppress(BufferError):
+            cpu.release()
 
 
 class _Memory:

@@ -93,6 +93,22 @@ class DmaDebug:
         written_lines.remove(entry)
         return True
 
+    def end(self, entry: DmaEntry, direction: DmaDirection | None) -> bool:
+        """Forget an entry and unmap what it is the record of, both or neither, also where Ctrl-C strikes.
+
+        False: another thread has done so already.
+        """
+        try:
+            if not self.remove(entry):
+                return False
+            if entry.backing is not None:
+                entry.backing.unmap(direction)
+        except BaseException:
+            if entry.number not in self._by_number and entry.backing is not None:
+                entry.backing.unmap(direction)
+            raise
+        return True
+
     def at(self, address: int) -> DmaEntry | None:
         """The oldest mapping that begins at the DMA address."""
         there = self._by_address.get(address)

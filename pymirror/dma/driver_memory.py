@@ -85,8 +85,7 @@ class DriverMemory:
         others = [one for one in self._mapped() if id(one) not in own]
         leaks = self.dma_debug.leaks(_entry_of(one) for one in others)
         for entry in entries:
-            if self.dma_debug.remove(entry) and entry.backing is not None:
-                entry.backing.unmap(None)
+            self.dma_debug.end(entry, None)
         for mapping in others:
             mapping.unmap()
         return leaks

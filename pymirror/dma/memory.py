@@ -94,14 +94,16 @@ class Backing:
     def unmap(self, direction: DmaDirection | None) -> None:
         """No access is under way any more; with a direction, what the device wrote is copied back."""
         self.mapping.unmap()
-        bounce, keep = self.bounce, self.keep
-        if bounce is not None and direction is not None:
-            self.sync_for_cpu(direction)
-        self.bounce = self.keep = None
-        if bounce is not None:
-            bounce.free()
-        if keep is not None:
-            keep.release()
+        bounce, self.bounce = self.bounce, None
+        keep, self.keep = self.keep, None
+        try:
+            if bounce is not None and direction is not None and direction.device_writes:
+                bounce.to_cpu(0, self.size)
+        finally:
+            if bounce is not None:
+                bounce.free()
+            if keep is not None:
+                keep.release()
 
 
 def map_memory(

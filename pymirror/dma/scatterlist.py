@@ -99,10 +99,12 @@ def dma_unmap_sg(
     entry = _check(device, sgl, nents, direction)
     mapped = entry.backing
     assert isinstance(mapped, _Mapped)
-    removed = [device.dma_debug.remove(one) for one in mapped.records]
-    if not any(removed):
+    first, *others = mapped.records
+    for one in others:
+        device.dma_debug.remove(one)
+    # Last, for a call that was interrupted finds the rest by the first.
+    if not device.dma_debug.end(first, None if attrs & DMA_ATTR_SKIP_CPU_SYNC else entry.direction):
         return
-    mapped.unmap(None if attrs & DMA_ATTR_SKIP_CPU_SYNC else entry.direction)
     for sg in sgl:
         sg.dma_address = sg.dma_length = 0
 

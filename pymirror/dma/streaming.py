@@ -135,8 +135,7 @@ def _unmap(device: DmaDevice, addr: int, size: int, direction: int, type_: DmaTy
     device._check_here(what)
     way = check_direction(what, direction)
     entry = device.dma_debug.check_unmap(addr, size, way, type_)
-    if device.dma_debug.remove(entry) and entry.backing is not None:
-        entry.backing.unmap(None if attrs & DMA_ATTR_SKIP_CPU_SYNC else entry.direction)
+    device.dma_debug.end(entry, None if attrs & DMA_ATTR_SKIP_CPU_SYNC else entry.direction)
 
 
 def _part(device: DmaDevice, addr: int, size: int, direction: int, *, for_cpu: bool) -> DmaEntry:
