@@ -235,3 +235,17 @@ def test_without_an_iommu_an_entry_is_one_piece_of_memory(mm: pm.AddressSpace) -
     assert not (odp.map.pfn_list & MAPPED).any()
     odp.close()
     assert nothing_mapped(odp.device)
+
+
+def test_a_range_is_mapped_for_devices_with_domains_of_their_own(mm: pm.AddressSpace) -> None:
+    buf = mm.mmap(2 * PAGE)
+    view = numbers(buf)
+    devices = [pm.Device(name) for name in ("one", "two", "three")]
+    with pm.Mirror(mm) as mirror, mirror.range(buf.addr, buf.addr + buf.size) as rng:
+        rng.default_flags = FAULT
+        daddrs = [pm.hmm_range_dma_map(rng, device) for device in devices]
+        for device, daddr in zip(devices, daddrs, strict=True):
+            assert device.dma_read(int(daddr[1]), 8) == view[PAGE : PAGE + 8].tobytes()
+        assert [pm.hmm_range_dma_unmap(rng, device) for device in devices] == [2, 2, 2]
+        assert all(nothing_mapped(device) for device in devices)
+    del view

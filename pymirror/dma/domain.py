@@ -24,6 +24,10 @@ MSI_WINDOW = (0xFEE0_0000, 0xFEEF_FFFF)
 APERTURE_LAST = (1 << 48) - 1
 
 
+#: Of mappings, unlike in all domains: a range has mappings in several.
+_cookies = itertools.count(1)
+
+
 class DmaDomain:
     """The DMA addresses of one or several devices. ``iommu`` tells whether they are translated."""
 
@@ -40,7 +44,6 @@ class DmaDomain:
         made = ffi.new("pm_domain **")
         check(lib.pm_domain_create(options, made), type(self).__name__)
         self.native = ffi.gc(made[0], lib.pm_domain_put)
-        self._cookies = itertools.count(1)
         self._mappings: dict[int, DmaMapping] = {}
 
     def flush(self) -> int:
@@ -55,7 +58,7 @@ class DmaDomain:
 
     def new_cookie(self) -> int:
         """A number for a mapping, by which native code names it."""
-        return next(self._cookies)
+        return next(_cookies)
 
     def remember(self, mapping: DmaMapping) -> None:
         """It is mapped. For DmaMapping."""
