@@ -155,16 +155,17 @@ class TestMapping:
         assert nothing_mapped(device)
         driver.unregister()
 
-    def test_threads_that_want_a_devices_domain_first_have_the_same(self) -> None:
-        class Slow:
-            def __init__(self) -> None:
-                self.both = threading.Barrier(2, timeout=10.0)
+    def test_threads_that_want_a_devices_domain_first_have_the_same(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        both = threading.Barrier(2, timeout=10.0)
 
-            def __bool__(self) -> bool:
-                self.both.wait()
-                return True
+        def made_together(iommu: bool | pm.DmaDomain) -> pm.DmaDomain:
+            both.wait()
+            return pm.IommuDomain()
 
-        device = pm.Device("d", iommu=Slow())  # type: ignore[arg-type]
+        monkeypatch.setattr("pymirror.dma.device.domain_of", made_together)
+        device = pm.Device("d")
         wanted = [Background(lambda: device.domain) for _ in range(2)]
         assert wanted[0].result() is wanted[1].result() is device.domain
 

@@ -34,7 +34,7 @@ static void page_stays(void)
     CHECK(memcmp(seen + 1, "abcd", 4) == 0);
     CHECK_EQ((unsigned char)seen[0], (unsigned char)content[PAGE - 3]);
     drop_pin(pin);
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
 }
 
 static void every_length_at_every_offset(void)
@@ -133,7 +133,7 @@ static void every_slot(void)
     for (int i = 0; i < SLOTS; i++)
         drop_pin(pins[i]);
     free(pins);
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
 }
 
 static void pages_are_told(void)
@@ -170,7 +170,7 @@ static void shared_pages_are_asked_about(void)
     CHECK_EQ(pin_at(fresh, 4, pfns, 0, &request, &pin), -EAGAIN);
     CHECK_EQ(request.changed_start, addr_of(fresh + PAGE));
     CHECK_EQ(request.changed_end, addr_of(fresh + 3 * PAGE));
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
     NEED_EQ(pin_at(fresh, 4, pfns, PM_PIN_REPLACE, &request, &pin), 0);
     for (int i = 0; i < 4; i++)
         CHECK_EQ(pfns[i] >> 62, 3);
@@ -194,7 +194,7 @@ static void what_cannot_be_pinned(void)
     CHECK_EQ(pin_at(mem, UINT64_MAX >> 12, NULL, 0, &request, &pin), -EINVAL);
     CHECK_EQ(pin_at((char *)(uintptr_t)(1ULL << 47), 1, NULL, 0, &request, &pin), -EINVAL);
     CHECK(pin == NULL);
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
     munmap(hole, PAGE);
     munmap(hole + 2 * PAGE, PAGE);
     munmap(constant, PAGE);

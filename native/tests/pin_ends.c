@@ -24,7 +24,7 @@ static void released_once(void)
     pm_pin_put(pin);
     CHECK_EQ(read_pin(pin, 0, &byte, 1), 1);
     pm_pin_put(pin); /* the last reference releases what nobody did */
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
 }
 
 static void close_gives_all_back(void)
@@ -38,7 +38,7 @@ static void close_gives_all_back(void)
     NEED_EQ(pm_pin_create(other, &request, &pin), 0);
     NEED_EQ(pm_pin_create(other, &request, &second), 0);
     CHECK_EQ(pm_mm_close(other), 0);
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
     CHECK_EQ(pm_pin_access(pin, 0, &byte, 1, 0, &done), -ESRCH);
     CHECK_EQ(pm_pin_release(pin), -ESRCH);
     CHECK_EQ(pm_pin_hold(pin), -ESRCH);
@@ -86,7 +86,7 @@ static void released_between_two_pieces(void)
     call_start(&call);
     CHECK_EQ(pm_point_wait(PM_POINT_PIN_PIECE, 10 * SECOND), 0);
     CHECK_EQ(pm_pin_release(pin), 0);
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
     pm_point_release(PM_POINT_PIN_PIECE);
     CHECK_EQ(call_join(&call), -EALREADY);
     CHECK_EQ(call.num[1], 0);
@@ -118,7 +118,7 @@ static void closed_amid_an_access(void)
     CHECK_EQ(call_join(&closing), 0);
     call_join(&access);
     CHECK(access.ret == 0 || access.ret == -ESRCH);
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
     pm_pin_put(pin);
 }
 
@@ -189,7 +189,7 @@ static bool attempt(int kind, uint64_t nth, int err, uint64_t times)
     CHECK_EQ(stats.pins, 0);
     CHECK_EQ(stats.slots, stats.slots_stuck);
     if (!released)
-        CHECK_EQ(pinned_kib(), 0);
+        CHECK_EQ(still_pinned_kib(), 0);
     pin = NULL;
     CHECK_EQ(pin_at(mem, PAGES, NULL, 0, &request, &pin), 0);
     if (pin) {
@@ -197,7 +197,7 @@ static bool attempt(int kind, uint64_t nth, int err, uint64_t times)
         CHECK(memcmp(mem, "still", 5) == 0);
         drop_pin(pin);
     }
-    CHECK_EQ(pinned_kib(), 0);
+    CHECK_EQ(still_pinned_kib(), 0);
     return true;
 }
 
