@@ -19,6 +19,7 @@ from typing import Any
 
 import confined
 import pytest
+from racing import eventually
 
 import pymirror as pm
 from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED
@@ -474,6 +475,8 @@ def test_the_threads_of_another_process_are_looked_at() -> None:
 
 
 def test_threads_of_pymirror_block_all_signals_and_are_not_counted() -> None:
+    # A thread that was joined may be in /proc a moment longer.
+    eventually(lambda: len(os.listdir("/proc/self/task")) == threading.active_count())
     before = in_process("blocked_sigbus", examine()).data
     with pm.AddressSpace() as mm, pm.Mirror(mm) as mirror:
         region = mm.mmap(4096)
