@@ -475,15 +475,17 @@ def test_the_threads_of_another_process_are_looked_at() -> None:
 
 
 def test_threads_of_pymirror_block_all_signals_and_are_not_counted() -> None:
-    # A thread that was joined may be in /proc a moment longer.
-    eventually(lambda: len(os.listdir("/proc/self/task")) == threading.active_count())
-    before = in_process("blocked_sigbus", examine()).data
-    with pm.AddressSpace() as mm, pm.Mirror(mm) as mirror:
-        region = mm.mmap(4096)
-        with mirror.range(region.addr, region.addr + 4096):
-            now = in_process("blocked_sigbus", examine()).data
-            assert now["blocking"] == before["blocking"]
-            assert now["threads"] == len(os.listdir("/proc/self/task")) > before["threads"]
+    def holds() -> bool:
+        before = in_process("blocked_sigbus", examine()).data
+        with pm.AddressSpace() as mm, pm.Mirror(mm) as mirror:
+            region = mm.mmap(4096)
+            with mirror.range(region.addr, region.addr + 4096):
+                now = in_process("blocked_sigbus", examine()).data
+                tasks = len(os.listdir("/proc/self/task"))
+                return now["blocking"] == before["blocking"] and now["threads"] == tasks > before["threads"]
+
+    # A thread that an earlier test has joined may be in /proc a moment longer.
+    eventually(holds)
 
 
 def test_a_process_that_is_not_there() -> None:
