@@ -49,6 +49,7 @@ def assert_shows(shown: list[str], printed: str) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.hugetlb
 def test_doctor_as_an_ordinary_user() -> None:
     if "pfn" not in probe():
         pytest.skip("PFNs are switched off")
