@@ -46,18 +46,6 @@ static void tear_down(void)
     free_pages(mem, PAGES);
 }
 
-/* What the child found, by its exit status: 0, or the number of the check that failed. */
-static int in_child(int (*fn)(void))
-{
-    int status = -1, pid = fork();
-
-    if (pid == 0)
-        _exit(fn());
-    CHECK(pid > 0);
-    CHECK_EQ(waitpid(pid, &status, 0), pid);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
-}
-
 static int child_finds_it_dead(void)
 {
     struct pm_access access = {.addr = addr_of(mem), .len = 1};

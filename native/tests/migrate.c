@@ -215,18 +215,6 @@ static void what_is_moved_goes_with_it(void)
     CHECK_EQ(wrong_pages(mem, 0, PAGES), 0);
 }
 
-/* What the child found, by its exit status. */
-static int in_child(int (*fn)(void))
-{
-    int status = -1, pid = fork();
-
-    if (pid == 0)
-        _exit(fn());
-    CHECK(pid > 0);
-    CHECK_EQ(waitpid(pid, &status, 0), pid);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
-}
-
 static int child_looks(void)
 {
     int wrong = wrong_pages(mem, 0, PAGES);

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include "check.h"
@@ -218,6 +219,18 @@ static inline int64_t call_join(struct call *call)
 {
     pthread_join(call->thread, NULL);
     return call->ret;
+}
+
+/* What a forked child found, by its exit status; 1000 and more: it did not exit by itself. */
+static inline int in_child(int (*fn)(void))
+{
+    int status = -1, pid = fork();
+
+    if (pid == 0)
+        _exit(fn());
+    CHECK(pid > 0);
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + status;
 }
 
 #endif
