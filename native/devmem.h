@@ -74,6 +74,12 @@ void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end);
 void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len);
 
 /* migrate.c */
+bool pm_is_interval(uint64_t start, uint64_t end); /* whole pages of user memory */
+void pm_doze(void);
+/* UFFDIO_MOVE: bytes moved, from the start on, or an errno when that is none. */
+int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len);
+
+/* home.c */
 /* Bring home the pages in `only`, NULL: in any device memory: how many, -EAGAIN while an event is unread, or
  * what the kernel refuses it with. */
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only);
