@@ -199,6 +199,7 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
     if not (pages & np.uint64(HMM_PFN_VALID)).all():
         return DMA_MAPPING_ERROR
     map.notifier.mm._check_pid("hmm_dma_map_pfn")
+    map.notifier._check_lock("hmm_dma_map_pfn")
     if map.notifier.read_retry(seq):
         raise error(
             errno.EBUSY,

@@ -25,7 +25,7 @@ from .callback import CallbackError, current, may_wait
 from .delivery import State
 from .errors import MirrorError, check
 from .event import Event, Guarantee, MmuNotifierRange
-from .lock import in_callback, not_in_callback
+from .lock import DriverLock, in_callback, not_in_callback
 from .notifier_set import KIND_INTERVAL, KIND_RANGE, REMOVE_TIMEOUT, Invalidation, NotifierSet
 
 if TYPE_CHECKING:
@@ -126,6 +126,9 @@ class IntervalNotifier:
       begins and returns anything that ``invalidate_finish(finish)`` ends, or None when it is done. All starts
       of a delivery run first.
 
+    ``update_lock`` names the driver's lock, as a lockdep_assert_held() does in a driver: set_seq(), read_retry()
+    and what programs a device under this notifier are EPERM without it. None: nobody looks.
+
     The registry keeps it alive until remove() or the end of the mm.
     """
 
@@ -140,6 +143,7 @@ class IntervalNotifier:
         "length",
         "mm",
         "start",
+        "update_lock",
     )
 
     _native: Any
@@ -153,6 +157,7 @@ class IntervalNotifier:
         *,
         invalidate_start: Invalidate | None = None,
         invalidate_finish: Callable[[Any], Any] | None = None,
+        update_lock: DriverLock | None = None,
     ) -> None:
         """mmu_interval_notifier_insert().
 
@@ -166,6 +171,7 @@ class IntervalNotifier:
         self.mm = mm
         self.start = start
         self.length = length
+        self.update_lock = update_lock
         self._invalidate = invalidate
         self._begin = invalidate_start
         self._finish = invalidate_finish
@@ -252,18 +258,36 @@ class IntervalNotifier:
         return int(seq[0])
 
     def read_retry(self, seq: int) -> bool:
-        """mmu_interval_read_retry(), under the driver's lock: is what was seen since read_begin void?"""
-        return self._native is None or lib.pm_sub_read_retry(self._native, seq) != 0
+        """mmu_interval_read_retry(), under the driver's lock: is what was seen since read_begin void?
+
+        EPERM: the notifier has an ``update_lock``, which the thread does not hold: the answer would be void as
+        soon as it is given.
+        """
+        if self.update_lock is not None:
+            self._check_lock("read_retry")
+        return self.check_retry(seq)
 
     def check_retry(self, seq: int) -> bool:
         """mmu_interval_check_retry(): a look without the lock. True is certain, False only a hint."""
-        return self.read_retry(seq)
+        return self._native is None or lib.pm_sub_read_retry(self._native, seq) != 0
+
+    def _check_lock(self, what: str) -> None:
+        """lockdep_assert_held(): EPERM unless the thread holds ``update_lock``, or there is none."""
+        if self.update_lock is None or self.update_lock.held:
+            return
+        raise MirrorError(
+            errno.EPERM,
+            f"{what} of {self!r} without {self.update_lock.name!r}: an invalidation may pass right after it",
+            addr=self.start,
+            hint=f"take {self.update_lock.name!r} for read_retry(), the programming after it, and in callbacks",
+        )
 
     def set_seq(self, seq: int) -> None:
         """mmu_interval_set_seq(): in the callback, under the driver's lock, with the number it was given.
 
-        EINVAL outside a callback of this notifier, or with another number. The native side has moved the
-        number before the callback began; the call is how the driver tells that it kept the rule.
+        EINVAL outside a callback of this notifier, or with another number; EPERM without its ``update_lock``.
+        The native side has moved the number before the callback began; the call is how the driver tells that
+        it kept the rule.
         """
         callback = current.callback
         if callback is None or callback.notifier is not self:
@@ -280,6 +304,7 @@ class IntervalNotifier:
                 addr=callback.range.start,
                 hint="pass the cur_seq of the callback",
             )
+        self._check_lock("set_seq")
         callback.acked = True
 
     def remove(self, timeout: float = REMOVE_TIMEOUT) -> None:

@@ -83,7 +83,8 @@ class PageTable:
         watched from here on.
 
         EXDEV: the table has entries of another address space. ESRCH: it was made before a fork, in the
-        parent. EINVAL: not the memory of the target. EDEADLK in a callback.
+        parent. EINVAL: not the memory of the target. EPERM without the notifier's ``update_lock``. EDEADLK in
+        a callback.
         """
         not_in_callback("PageTable.map")
         if isinstance(target, Range):
@@ -110,6 +111,7 @@ class PageTable:
         check_interval("PageTable.map", start, end, mm=target.mm)
         if isinstance(target, IntervalNotifier):
             check_covers(target, "PageTable.map", start, end)
+            target._check_lock("PageTable.map")
         if target.read_retry(seq):
             return False
         target.mm.watch(start, end, files=True)

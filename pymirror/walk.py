@@ -14,6 +14,7 @@ from ._shim import ffi, lib
 from .callback import may_wait
 from .errors import EHWPOISON, HasVmas, MirrorError, error
 from .event import Guarantee
+from .stale_sequence import note_refusal
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -151,7 +152,8 @@ def hmm_range_fault(
     ``sub.read_begin()``, and the interval lies in the notifier's. Without a request a hole gives
     HMM_PFN_ERROR and an absent page 0. The bits HMM_PFN_INOUT_FLAGS are left as they are.
 
-    EBUSY: the sequence moved, begin again with read_begin(), the pfns are unusable. EFAULT: a page asked for
+    EBUSY: the sequence moved, begin again with read_begin(), the pfns are unusable. A thread that comes with
+    the same sequence once more spins for ever, and gets a RuntimeWarning. EFAULT: a page asked for
     is in a hole or in a vma without access. EPERM: a write to a read-only vma. EINVAL, ENOMEM. ESRCH after
     close(). EDEADLK in a callback or under a driver lock. ``dev_private_owner`` names whose device-private
     pages count as present.
@@ -179,7 +181,10 @@ def hmm_range_fault(
     )
     ret = lib.pm_walk_inout(mm.native, walk)
     if ret < 0:
-        raise walk_error(mm, walk, ret, what)
+        refused = walk_error(mm, walk, ret, what)
+        if refused.errno == errno.EBUSY:
+            note_refusal(sub, seq)
+        raise refused
 
 
 def check_pfns(what: str, pfns: PfnArray, npages: int) -> None:

@@ -189,7 +189,7 @@ CALLS = [
     Call("IntervalNotifier.remove", lambda w: w.sub.remove(), DEADLK, DEADLK),
     *(
         _looks(f"IntervalNotifier.{name}", lambda w, name=name: getattr(w.sub, name))  # type: ignore[misc]
-        for name in ("last", "length", "mm", "native", "start", "two_pass", "watched")
+        for name in ("last", "length", "mm", "native", "start", "two_pass", "update_lock", "watched")
     ),
     _looks("IntervalNotifier.invalidate", lambda w: None),
     _looks("IntervalNotifier.invalidate_start", lambda w: None),

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""A sequence number that is used again after it was refused: the retry loop that cannot end.
+
+Sequence numbers only grow, so what was refused once is refused for ever. A driver that calls read_begin()
+before its loop instead of in it spins, in the kernel until its deadline and without a word.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .notifier import IntervalNotifier
+
+#: One refusal is a race. A second may be a thread's next piece under the sequence that it had begun with.
+_REFUSALS = 3
+
+
+class _Last(threading.local):
+    """The last refusal of this thread, and how often it has come."""
+
+    refused: tuple[int, int] | None = None
+    times: int = 0
+
+
+_last = _Last()
+
+
+def note_refusal(sub: IntervalNotifier, seq: int) -> None:
+    """hmm_range_fault() has refused ``seq``; RuntimeWarning when this thread gets that again and again."""
+    refused = (id(sub), seq)
+    _last.times = _last.times + 1 if _last.refused == refused else 1
+    _last.refused = refused
+    if _last.times != _REFUSALS:
+        return
+    warnings.warn(
+        f"stale sequence: hmm_range_fault() under {sub!r} came {_last.times} times with sequence {seq}, which"
+        " was refused and never stands again; do: call read_begin() inside the retry loop",
+        RuntimeWarning,
+        stacklevel=3,
+    )
