@@ -126,8 +126,8 @@ class IntervalNotifier:
       begins and returns anything that ``invalidate_finish(finish)`` ends, or None when it is done. All starts
       of a delivery run first.
 
-    ``update_lock`` names the driver's lock, as a lockdep_assert_held() does in a driver: set_seq(), read_retry()
-    and what programs a device under this notifier are EPERM without it. None: nobody looks.
+    ``update_lock`` names the driver's lock, as a lockdep_assert_held() does in a driver: set_seq(),
+    read_retry() and what programs a device under this notifier are EPERM without it. None: nobody looks.
 
     The registry keeps it alive until remove() or the end of the mm.
     """
@@ -260,8 +260,8 @@ class IntervalNotifier:
     def read_retry(self, seq: int) -> bool:
         """mmu_interval_read_retry(), under the driver's lock: is what was seen since read_begin void?
 
-        EPERM: the notifier has an ``update_lock``, which the thread does not hold: the answer would be void as
-        soon as it is given.
+        EPERM: the notifier has an ``update_lock``, which the thread does not hold: the answer would be void
+        as soon as it is given.
         """
         if self.update_lock is not None:
             self._check_lock("read_retry")
@@ -279,7 +279,7 @@ class IntervalNotifier:
             errno.EPERM,
             f"{what} of {self!r} without {self.update_lock.name!r}: an invalidation may pass right after it",
             addr=self.start,
-            hint=f"take {self.update_lock.name!r} for read_retry(), the programming after it, and in callbacks",
+            hint=f"take {self.update_lock.name!r} around read_retry() and the programming, and in callbacks",
         )
 
     def set_seq(self, seq: int) -> None:
