@@ -49,7 +49,15 @@ from .hmm import (
     hmm_vma_range_done,
 )
 from .hmm_dma import hmm_range_dma_map, hmm_range_dma_unmap
-from .hmm_dma_map import HmmDmaMap, hmm_dma_map_alloc, hmm_dma_map_free, hmm_dma_map_pfn, hmm_dma_unmap_pfn
+from .hmm_dma_map import (
+    HmmDmaMap,
+    hmm_dma_map_alloc,
+    hmm_dma_map_free,
+    hmm_dma_map_pfn,
+    hmm_dma_map_pfns,
+    hmm_dma_unmap_pfn,
+    hmm_dma_unmap_pfns,
+)
 from .lock import DriverLock
 from .migrate import migrate_to_device, migrate_to_system
 from .mm import AddressSpace
@@ -138,7 +146,9 @@ __all__ = [
     "hmm_dma_map_alloc",
     "hmm_dma_map_free",
     "hmm_dma_map_pfn",
+    "hmm_dma_map_pfns",
     "hmm_dma_unmap_pfn",
+    "hmm_dma_unmap_pfns",
     "hmm_pfn_to_map_order",
     "hmm_pfn_to_pfn",
     "hmm_range_dma_map",

@@ -8,9 +8,11 @@ themselves, by bits that hmm_range_fault() leaves alone, so that mapping again c
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from ._shim import ffi, lib
 from .dma.direction import DMA_BIDIRECTIONAL, DMA_MAPPING_ERROR
@@ -83,10 +85,10 @@ class HmmDmaMap:
         options.pfns = ffi.from_buffer("uint64_t[]", pfns)
         return DmaMapping(self.dev, "hmm", DMA_BIDIRECTIONAL, options, mm=self.notifier.mm)
 
-    def _entries(self, idx: int) -> PfnArray:
-        """What the device has for the pages of an entry, 0 for nothing."""
-        found: PfnArray = np.zeros(self.pages_per_entry, np.uint64)
-        mapping, page = self._mapping(idx)
+    def _present(self, first: int, n: int = 1) -> PfnArray:
+        """What the device has for the pages of entries, 0 for nothing; without an IOMMU of one entry."""
+        found: PfnArray = np.zeros(n * self.pages_per_entry, np.uint64)
+        mapping, page = self._mapping(first)
         if mapping is not None:
             into = ffi.from_buffer("uint64_t[]", found)
             checked(lib.pm_dmap_read(mapping.native, page, found.size, into), "hmm_dma_map_pfn")
@@ -116,14 +118,15 @@ class HmmDmaMap:
         )
         checked(ret, "hmm_dma_map_pfn")
 
-    def _unlink(self, idx: int) -> bool:
-        mapping, page = self._mapping(idx)
+    def _unlink(self, first: int, n: int = 1) -> int:
+        """The pages that were mapped of n entries; without an IOMMU of one entry."""
+        mapping, page = self._mapping(first)
         if mapping is None:
-            return False
+            return 0
         if self._whole is None:
-            del self._each[idx]
-            return mapping.unmap()[0] > 0
-        return mapping.unlink(page, self.pages_per_entry)[0] > 0
+            del self._each[first]
+            return mapping.unmap()[0]
+        return mapping.unlink(page, n * self.pages_per_entry)[0]
 
     def _check(self, what: str, idx: int) -> None:
         if self.freed:
@@ -191,24 +194,16 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
     Under the driver's lock. Idempotent: what is mapped as the pfns say is left as it is, and gives the same
     address; what is mapped otherwise, or was invalidated and not unmapped, is mapped anew. DMA_MAPPING_ERROR
     where a pfn is not valid, and without an IOMMU where the pages of an entry are not next to each other.
-    EBUSY: invalidated since ``seq``: fault again. EINVAL: not of this map.
+    EBUSY: invalidated since ``seq``: fault again. EINVAL: not of this map. EPERM without the notifier's
+    ``update_lock``.
     """
     map._check("hmm_dma_map_pfn", idx)
     _check_device(dev, map)
     pages = map._pages(idx)
     if not (pages & np.uint64(HMM_PFN_VALID)).all():
         return DMA_MAPPING_ERROR
-    map.notifier.mm._check_pid("hmm_dma_map_pfn")
-    map.notifier._check_lock("hmm_dma_map_pfn")
-    if map.notifier.read_retry(seq):
-        raise error(
-            errno.EBUSY,
-            f"hmm_dma_map_pfn: entry {idx} of {map!r} was invalidated since sequence {seq}",
-            addr=map.start + idx * map.dma_entry_size,
-            mm=map.notifier.mm,
-            hint="hmm_dma_unmap_pfn() it, read_begin() for a fresh sequence, and fault it again",
-        )
-    present = map._entries(idx)
+    _check_stands("hmm_dma_map_pfn", map, idx, seq)
+    present = map._present(idx)
     if (present != pages & np.uint64(_KEPT_OUT)).any():
         # A refused invalidation leaves a mapping without entries; one of a part leaves the others.
         if present.any() or not dev.domain.iommu:
@@ -221,6 +216,37 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
     return map._address(idx)
 
 
+def hmm_dma_map_pfns(dev: DmaDevice, map: HmmDmaMap, first: int, n: int, *, seq: int) -> PfnArray:
+    """The driver's loop of hmm_dma_map_pfn() over entries [first, first + n): their DMA addresses, uint64.
+
+    DMA_MAPPING_ERROR where hmm_dma_map_pfn() would return it. Behind an IOMMU it is one native call for each
+    run of entries that are not mapped as the pfns say. Errors as hmm_dma_map_pfn(); on an error what was
+    mapped stays.
+    """
+    what = "hmm_dma_map_pfns"
+    _check_run(what, dev, map, first, n)
+    _check_stands(what, map, first, seq)
+    if map._whole is None:
+        each = [hmm_dma_map_pfn(dev, map, idx, seq=seq) for idx in range(first, first + n)]
+        return np.array(each, np.uint64)
+    pages = map.pfn_list[first * map.pages_per_entry : (first + n) * map.pages_per_entry]
+    entries = pages.reshape(n, map.pages_per_entry)
+    present = map._present(first, n).reshape(entries.shape)
+    valid = ((entries & np.uint64(HMM_PFN_VALID)) != 0).all(axis=1)
+    differs = (present != entries & np.uint64(_KEPT_OUT)).any(axis=1)
+    for start, end in _runs(valid & differs):
+        if present[start:end].any():
+            map._unlink(first + start, end - start)
+        entries[start:end] &= np.uint64(_KEPT_OUT)
+        map._link(first + start, entries[start:end].ravel(), seq)
+    entries[valid] |= np.uint64(HMM_PFN_DMA_MAPPED)
+    daddrs = np.arange(first, first + n, dtype=np.uint64) * np.uint64(map.dma_entry_size) + np.uint64(
+        map.iova
+    )
+    daddrs[~valid] = DMA_MAPPING_ERROR
+    return daddrs
+
+
 def hmm_dma_unmap_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int) -> bool:
     """hmm_dma_unmap_pfn(): off the device, and the bits of it cleared. For callbacks.
 
@@ -229,7 +255,23 @@ def hmm_dma_unmap_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int) -> bool:
     map._check("hmm_dma_unmap_pfn", idx)
     _check_device(dev, map)
     pages = map._pages(idx)
-    unmapped = map._unlink(idx)
+    unmapped = map._unlink(idx) > 0
+    pages &= np.uint64(_KEPT_OUT)
+    return unmapped
+
+
+def hmm_dma_unmap_pfns(dev: DmaDevice, map: HmmDmaMap, first: int, n: int) -> int:
+    """The driver's loop of hmm_dma_unmap_pfn() over entries [first, first + n). For callbacks.
+
+    Gives how many 4 KiB pages of them were mapped. EINVAL: not of this map.
+    """
+    what = "hmm_dma_unmap_pfns"
+    _check_run(what, dev, map, first, n)
+    pages = map.pfn_list[first * map.pages_per_entry : (first + n) * map.pages_per_entry]
+    if map._whole is not None:
+        unmapped = map._unlink(first, n)
+    else:
+        unmapped = sum(map._unlink(idx) for idx in range(first, first + n) if idx in map._each)
     pages &= np.uint64(_KEPT_OUT)
     return unmapped
 
@@ -245,6 +287,34 @@ def _in_a_row(pages: PfnArray) -> bool:
     """Whether the pages are next to each other in memory."""
     numbers = pages & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)
     return bool((np.diff(numbers) == 1).all())
+
+
+def _runs(wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """[start, end) of each run of True."""
+    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _check_stands(what: str, map: HmmDmaMap, idx: int, seq: int) -> None:
+    """EBUSY when the sequence has moved, EPERM without the driver's lock."""
+    map.notifier.mm._check_pid(what)
+    map.notifier._check_lock(what)
+    if not map.notifier.check_retry(seq):
+        return
+    raise error(
+        errno.EBUSY,
+        f"{what}: entry {idx} of {map!r} was invalidated since sequence {seq}",
+        addr=map.start + idx * map.dma_entry_size,
+        mm=map.notifier.mm,
+        hint="hmm_dma_unmap_pfn() it, read_begin() for a fresh sequence, and fault it again",
+    )
+
+
+def _check_run(what: str, dev: DmaDevice, map: HmmDmaMap, first: int, n: int) -> None:
+    """EINVAL unless entries [first, first + n), one at least, are of this map."""
+    _check_device(dev, map)
+    for idx in (first, first + n - 1 if n > 0 else -1):
+        map._check(what, idx)
 
 
 def _check_device(dev: DmaDevice, map: HmmDmaMap) -> None:

@@ -141,5 +141,11 @@ RANGES: dict[str, tuple[Run, int, int]] = {
     "hmm_dma_map_alloc": (_dma_map, SRCH, SRCH),
     "hmm_dma_map_free": (_dma_map, SRCH, SRCH),
     "hmm_dma_map_pfn": (_dma_map_pfn, errno.EBUSY, SRCH),
+    "hmm_dma_map_pfns": (
+        lambda w: pm.hmm_dma_map_pfns(w.device, w.dma_map, 0, 2, seq=w.sub_seq),
+        errno.EBUSY,
+        SRCH,
+    ),
+    "hmm_dma_unmap_pfns": (lambda w: pm.hmm_dma_unmap_pfns(w.device, w.dma_map, 0, 2), 0, SRCH),
     "hmm_dma_unmap_pfn": (lambda w: pm.hmm_dma_unmap_pfn(w.device, w.dma_map, 0), 0, SRCH),
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from dma import nothing_mapped, numbers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mirroring import FAULT, PAGE, WRITE
 from seams import errno_of, needs
 
@@ -249,3 +252,102 @@ def test_a_range_is_mapped_for_devices_with_domains_of_their_own(mm: pm.AddressS
         assert [pm.hmm_range_dma_unmap(rng, device) for device in devices] == [2, 2, 2]
         assert all(nothing_mapped(device) for device in devices)
     del view
+
+
+def one_by_one(odp: Odp, first: int, seq: int) -> list[int]:
+    assert odp.map is not None
+    return [pm.hmm_dma_map_pfn(odp.device, odp.map, idx, seq=seq) for idx in range(first, PAGES)]
+
+
+def all_at_once(odp: Odp, first: int, seq: int) -> list[int]:
+    assert odp.map is not None
+    return pm.hmm_dma_map_pfns(odp.device, odp.map, first, PAGES - first, seq=seq).tolist()
+
+
+class TestRunsOfEntries:
+    """hmm_dma_map_pfns() and _unmap_pfns() are the loops over the calls for one entry."""
+
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(["read", "write", "look", "unmap", "drop"]), st.integers(0, PAGES - 1)),
+            min_size=1,
+            max_size=10,
+        ),
+        st.booleans(),
+    )
+    @settings(deadline=None, max_examples=50, derandomize="CI" in os.environ)
+    def test_they_are_the_loops(self, steps: list[tuple[str, int]], iommu: bool) -> None:
+        with pm.AddressSpace() as mm:
+            iommu = iommu or "pfn" not in mm.features
+            buf = mm.mmap(PAGES * PAGE)
+            single, runs = (Odp(mm, pm.Device("d", iommu=iommu), buf) for _ in range(2))
+            for step, first in steps:
+                if step == "drop":
+                    mm.madvise(buf.addr + first * PAGE, PAGE, 4)
+                elif step == "unmap":
+                    assert self.unmap_all(runs, first) == self.unmap_one_by_one(single, first)
+                else:
+                    flags = {"read": FAULT, "write": WRITE, "look": 0}[step]
+                    # First for both: a fault may exchange the zero page, which is found by comparing.
+                    self.settled(runs, flags)
+                    seq, other = self.settled(single, flags), self.settled(runs, flags)
+                    mapped, expected = all_at_once(runs, first, other), one_by_one(single, first, seq)
+                    assert self.offsets(runs, mapped) == self.offsets(single, expected)
+                self.compare(single, runs)
+            for odp in (single, runs):
+                odp.close()
+                assert nothing_mapped(odp.device)
+                del odp.bytes
+
+    def settled(self, odp: Odp, flags: int) -> int:
+        while True:
+            try:
+                return odp.fault(flags)
+            except pm.MirrorError as refused:
+                if refused.errno != errno.EBUSY:
+                    raise
+
+    def unmap_all(self, odp: Odp, first: int) -> int:
+        assert odp.map is not None
+        return pm.hmm_dma_unmap_pfns(odp.device, odp.map, first, PAGES - first)
+
+    def unmap_one_by_one(self, odp: Odp, first: int) -> int:
+        assert odp.map is not None
+        return sum(pm.hmm_dma_unmap_pfn(odp.device, odp.map, idx) for idx in range(first, PAGES))
+
+    def offsets(self, odp: Odp, daddrs: list[int]) -> list[int | None]:
+        assert odp.map is not None
+        return [None if daddr == DMA_MAPPING_ERROR else daddr - odp.map.iova for daddr in daddrs]
+
+    def compare(self, single: Odp, runs: Odp) -> None:
+        assert single.map is not None
+        assert runs.map is not None
+        assert ((single.map.pfn_list ^ runs.map.pfn_list) & MAPPED == 0).all()
+        pages = single.device.domain.stats()["mapped_pages"]
+        assert runs.device.domain.stats()["mapped_pages"] == pages
+
+    def test_a_sequence_that_moved_is_ebusy_and_nothing_is_mapped(self, odp: Odp) -> None:
+        assert odp.map is not None
+        seq = odp.fault()
+        odp.mm.madvise(odp.buf.addr + 5 * PAGE, PAGE, 4)
+        assert errno_of(pm.hmm_dma_map_pfns, odp.device, odp.map, 0, PAGES, seq=seq) == errno.EBUSY
+        assert odp.device.domain.stats()["mapped_pages"] == 0
+
+    @pytest.mark.parametrize(("first", "n"), [(0, 0), (0, PAGES + 1), (-1, 2), (PAGES, 1), (3, -1)])
+    def test_wrong_runs(self, odp: Odp, first: int, n: int) -> None:
+        assert odp.map is not None
+        seq = odp.fault()
+        assert errno_of(pm.hmm_dma_map_pfns, odp.device, odp.map, first, n, seq=seq) == errno.EINVAL
+        assert errno_of(pm.hmm_dma_unmap_pfns, odp.device, odp.map, first, n) == errno.EINVAL
+        assert errno_of(pm.hmm_dma_unmap_pfns, pm.Device("x"), odp.map, 0, 1) == errno.EINVAL
+
+    @pytest.mark.hugetlb
+    def test_entries_of_huge_pages(self, mm: pm.AddressSpace) -> None:
+        odp = Odp(mm, pm.Device("d"), mm.mmap(2 * HUGE, huge="hugetlb"), HUGE)
+        assert odp.map is not None
+        daddrs = pm.hmm_dma_map_pfns(odp.device, odp.map, 0, 2, seq=odp.fault())
+        assert int(daddrs[1] - daddrs[0]) == HUGE
+        assert odp.device.dma_read(int(daddrs[1]), HUGE) == odp.bytes[HUGE:].tobytes()
+        assert pm.hmm_dma_unmap_pfns(odp.device, odp.map, 0, 2) == 1024
+        del odp.bytes
+        odp.close()
