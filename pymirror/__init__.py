@@ -77,6 +77,7 @@ from .pfn import (
     hmm_pfn_to_pfn,
 )
 from .region import Region
+from .trace import Trace
 from .vma import Vma
 
 KiB = 1 << 10
@@ -137,6 +138,7 @@ __all__ = [
     "Region",
     "StaleAccessError",
     "StaleDmaError",
+    "Trace",
     "Vma",
     "__version__",
     "gup_range_dma_map",

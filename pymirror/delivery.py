@@ -7,6 +7,7 @@ import errno
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from . import trace
 from .callback import Callback, current
 from .errors import MirrorError
 from .event import MmuNotifierRange
@@ -141,7 +142,9 @@ class Delivery:
             self.notifiers.begin(callback)
             current.callback = callback
             with callback_scope(callback):
-                return function(*args)
+                if trace.active is None:
+                    return function(*args)
+                return self._traced(callback, function, *args)
         except Exception as error:
             self.notifiers.report(callback, error)
         except BaseException as error:
@@ -151,6 +154,11 @@ class Delivery:
             current.callback = outer
             self.notifiers.finish(callback)
         return _FAILED
+
+    def _traced(self, callback: Callback, function: Callable[..., Any], *args: Any) -> Any:
+        range, name = self.range, f"{type(callback.notifier).__name__}.{callback.name}"
+        with trace.span(trace.Track.CALLBACK, name, range.mm, range.start, range.end, seq=range.seq):
+            return function(*args)
 
     def _report(self, callback: Callback, number: int, what: str, hint: str) -> None:
         self.notifiers.report(

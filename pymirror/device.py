@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from . import trace
 from ._shim import ffi, lib
 from .callback import may_wait
 from .dma.device import DmaDevice
@@ -197,6 +198,7 @@ class Device(DmaDevice):
         addr = check_access(mm, what, addr, size)
         done = 0
         faults = _Patience(self.fault_timeout)
+        about = {"device": self.name, "write": write}
         access = ffi.new("struct pm_access *")
         access.write = write
         while done < size:
@@ -213,6 +215,8 @@ class Device(DmaDevice):
                     mm.features.require("process_vm", what)
                 raise error(-ret, what, addr=addr + done, mm=mm)
             self._count_access(access, write, ret == 0 and done == size)
+            if access.redone:
+                trace.instant(trace.Track.RETRY, "read redone", mm, access.addr, addr + done, **about)
             if access.done:
                 faults.reset()
             if ret == 0:
@@ -226,7 +230,10 @@ class Device(DmaDevice):
                     hint="keep the buffer until the access is over",
                 )
             faults.again(mm, what, access)
-            faults.refused = self._fault(mm, access, addr + size, what)
+            with trace.span(
+                trace.Track.FAULT, _REASONS[access.fault], mm, access.fault_start, addr + size, **about
+            ):
+                faults.refused = self._fault(mm, access, addr + size, what)
 
     def _fault(self, mm: AddressSpace, access: Any, end: int, what: str) -> MirrorError | None:
         reason = _REASONS[access.fault]
@@ -257,6 +264,7 @@ class Device(DmaDevice):
         except MirrorError as refused:
             if refused.errno not in (errno.EBUSY, errno.EAGAIN):
                 raise
+            trace.instant(trace.Track.RETRY, "device fault refused", fault.mm, fault.addr, fault.end)
             return refused
         return None
 

@@ -15,6 +15,7 @@ import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from . import trace
 from ._shim import ffi, lib
 from .errors import MirrorError, error
 from .gup_flags import FOLL_LONGTERM, FOLL_WRITE, check_flags
@@ -230,7 +231,8 @@ def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
     pin._check(what)
     # First, since Ctrl-C may strike right after the call: nobody is to unpin it once more.
     pin.unpinned_at = caller()
-    ret = lib.pm_pin_release(pin._native)
+    with trace.span(trace.Track.PIN, what, pin.mm, pin.start, pin.end, dirty=dirty):
+        ret = lib.pm_pin_release(pin._native)
     if ret == -errno.EBUSY:
         pin.unpinned_at = None
         raise MirrorError(

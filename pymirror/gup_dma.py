@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import trace
 from ._shim import ffi
 from .dma.device import DmaDevice
 from .dma.direction import DMA_BIDIRECTIONAL
@@ -154,6 +155,7 @@ def pages_between(what: str, rng: RangeBase, start: int | None, end: int | None)
 def _failure(kind: str, rng: RangeBase, dev: DmaDevice, failed: MirrorError) -> MirrorError:
     what = f"{kind}_range_dma_map of [{rng.start:#x}, {rng.end:#x}) for {dev.name}"
     if failed.errno == errno.EBUSY:
+        trace.instant(trace.Track.RETRY, f"{kind}_range_dma_map: invalidated", rng.mm, rng.start, rng.end)
         hint = "wait_until_valid(), then go again"
         why = "invalidated meanwhile, nothing is mapped"
         return MirrorError(

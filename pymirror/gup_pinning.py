@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import trace
 from ._shim import ffi, lib
 from .errors import MirrorError, error
 from .event import Event
@@ -47,11 +48,12 @@ _HELD = HMM_PFN_VALID | HMM_PFN_WRITE
 
 def pin_pages(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any, PfnArray]:
     """A ``pm_pin **`` that holds the pin, and the pfns of its pages."""
-    with mm._operation(what, write=False):
+    end = start + npages * PAGE_SIZE
+    with mm._operation(what, start, end, write=False, track=trace.Track.PIN):
         mm.features.require("io_uring", what)
         if npages > _LOOK_FIRST:
-            _check_vmas(mm, what, start, start + npages * PAGE_SIZE)
-        mm.watch(start, start + npages * PAGE_SIZE)
+            _check_vmas(mm, what, start, end)
+        mm.watch(start, end)
         if "pagemap" in mm.features:
             return _Pinning(mm, what, start, npages).pin()
         return _pin_unseen(mm, what, start, npages)

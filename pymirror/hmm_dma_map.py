@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from . import trace
 from ._shim import ffi, lib
 from .dma.direction import DMA_BIDIRECTIONAL, DMA_MAPPING_ERROR
 from .dma.domain import checked
@@ -108,14 +109,17 @@ class HmmDmaMap:
         if self._whole is None:
             self._each[idx] = self._make(self.start + idx * self.dma_entry_size, pfns, seq, 0)
             return
-        ret = lib.pm_dmap_link(
-            self._whole.native,
-            self.notifier.native,
-            seq,
-            idx * self.pages_per_entry,
-            pfns.size,
-            ffi.from_buffer("uint64_t[]", pfns),
-        )
+        first = self.start + idx * self.dma_entry_size
+        end = first + (pfns.size << PAGE_SHIFT)
+        with trace.span(trace.Track.DMA, "link", self.notifier.mm, first, end):
+            ret = lib.pm_dmap_link(
+                self._whole.native,
+                self.notifier.native,
+                seq,
+                idx * self.pages_per_entry,
+                pfns.size,
+                ffi.from_buffer("uint64_t[]", pfns),
+            )
         checked(ret, "hmm_dma_map_pfn")
 
     def _unlink(self, first: int, n: int = 1) -> int:
@@ -301,6 +305,7 @@ def _check_stands(what: str, map: HmmDmaMap, idx: int, seq: int) -> None:
     map.notifier._check_lock(what)
     if not map.notifier.check_retry(seq):
         return
+    trace.instant(trace.Track.RETRY, f"{what}: invalidated meanwhile", map.notifier.mm, seq=seq)
     raise error(
         errno.EBUSY,
         f"{what}: entry {idx} of {map!r} was invalidated since sequence {seq}",

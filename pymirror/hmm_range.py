@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import trace
 from ._shim import ffi, lib
 from .callback import may_wait
 from .encoding import EntryForm
@@ -279,10 +280,18 @@ class Range(RangeBase):
         walk = self._walk
         walk.flags = flags
         walk.seq = seq
-        ret = lib.pm_walk(self._native_mm, walk) if self._form is None else self._formed_walk(what)
+        if trace.active is None:
+            ret = self._native_walk(what)
+        else:
+            with trace.span(trace.Track.WALK, what, self.mm, self.start, self.end, seq=seq) as span:
+                ret = self._native_walk(what)
+                span.note(ret=ret)
         if ret < 0:
             raise self._failed(what, ret)
         return seq
+
+    def _native_walk(self, what: str) -> int:
+        return lib.pm_walk(self._native_mm, self._walk) if self._form is None else self._formed_walk(what)
 
     def _formed_walk(self, what: str) -> int:
         """The walk of a range whose entries are not those of native code."""
@@ -336,6 +345,7 @@ class Range(RangeBase):
         self._check_registered(what)
         if self._hmm is not None:
             self._hmm.check_alive(what)
+        trace.instant(trace.Track.RETRY, f"{what}: invalid", self.mm, self.start, self.end)
         return error(
             errno.EAGAIN,
             f"{what}: [{self.start:#x}, {self.end:#x}) was invalidated since the last wait_until_valid()",

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from . import trace
 from ._shim import ffi, lib
 from .adopt import Adoptions
 from .affected import PAGE_SIZE, USER_END, Interval, invalid
@@ -145,30 +146,35 @@ class MmBase:
         guarantee: Guarantee = Guarantee.BEFORE,
     ) -> Iterator[MmuNotifierRange]:
         """One native invalidation with its callbacks. The native half ends before the end's callbacks."""
-        begun, seq = ffi.new("pm_inv **"), ffi.new("uint64_t *")
-        try:
+        what = {"guarantee": guarantee.value, "blockable": blockable}
+        with trace.span(
+            trace.Track.INVALIDATION, event.name, cast("AddressSpace", self), start, end, **what
+        ) as span:
+            begun, seq = ffi.new("pm_inv **"), ffi.new("uint64_t *")
             try:
-                ret = lib.pm_invalidate_start(
-                    self.native, start, native_end(end), event, guarantee.native, begun, seq
-                )
-                check(ret, f"invalidate [{start:#x}, {end:#x})")
-                change = MmuNotifierRange(
-                    cast("AddressSpace", self), start, end, event, owner, blockable, guarantee, seq[0]
-                )
-                token = self.notifiers.deliver_start(change)
-                lib.pm_invalidate_delivered(begun[0])
                 try:
-                    yield change
-                finally:
+                    ret = lib.pm_invalidate_start(
+                        self.native, start, native_end(end), event, guarantee.native, begun, seq
+                    )
+                    check(ret, f"invalidate [{start:#x}, {end:#x})")
+                    change = MmuNotifierRange(
+                        cast("AddressSpace", self), start, end, event, owner, blockable, guarantee, seq[0]
+                    )
+                    span.note(seq=seq[0])
+                    token = self.notifiers.deliver_start(change)
+                    lib.pm_invalidate_delivered(begun[0])
                     try:
-                        end_native(begun)
+                        yield change
                     finally:
-                        self.notifiers.deliver_end(change, token)
+                        try:
+                            end_native(begun)
+                        finally:
+                            self.notifiers.deliver_end(change, token)
+                finally:
+                    end_native(begun)
             finally:
+                # Once more: Ctrl-C may have struck at the door of the others.
                 end_native(begun)
-        finally:
-            # Once more: Ctrl-C may have struck at the door of the others.
-            end_native(begun)
 
     def _detected(self, start: int, end: int) -> None:
         """Deliver a change of [start, end) that was found by comparing page tables."""

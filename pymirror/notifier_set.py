@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import trace
 from ._shim import ffi, lib
 from .callback import Callback, failure, logger, may_wait
 from .delivery import Delivery, State
@@ -173,7 +174,10 @@ class NotifierSet:
         )
         if range.event is Event.UNMAP:
             mm._foreign_unmap(range.start, range.end)
-        self.deliver_end(range, self.deliver_start(range, event.when_ns / 1e9))
+        # From here on its end is the callbacks': native code has fenced long since.
+        late = {"guarantee": range.guarantee.value, "seq": range.seq, "told_us_ago": _us_since(event.when_ns)}
+        with trace.span(trace.Track.INVALIDATION, range.event.name, mm, range.start, range.end, **late):
+            self.deliver_end(range, self.deliver_start(range, event.when_ns / 1e9))
 
     def release(self) -> None:
         """mmu_notifier_release(): the mm goes away.
@@ -363,6 +367,10 @@ class NotifierSet:
         finally:
             lib.pm_invalidate_delivered(invalidation[0])
             lib.pm_invalidate_end(invalidation[0])
+
+
+def _us_since(when_ns: int) -> float:
+    return (time.monotonic_ns() - when_ns) / 1e3
 
 
 def _would_block(range: MmuNotifierRange) -> MirrorError:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from . import affected
+from . import affected, trace
 from ._shim import ffi, lib
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, USER_END, Interval
@@ -67,12 +67,13 @@ class MemoryOperations(MmBase):
         EDEADLK in a callback, under a driver lock and under the thread's own read_lock().
         """
         size, offset = check_mmap(operator.index(size), operator.index(offset), fd, huge)
-        with self._operation("mmap"), ExitStack() as undo:
+        with self._operation("mmap") as span, ExitStack() as undo:
             fd = backing(size, shared, fd, huge)
             if fd >= 0:
                 undo.callback(os.close, fd)
             addr = map_memory(self.native, size, prot, shared, fd, offset, huge)
             undo.callback(lib.pm_munmap, self.native, addr, size)
+            span.note(start=hex(addr), end=hex(addr + size))
             if huge == "thp":
                 ret = lib.pm_madvise(self.native, addr, size, affected.MADV_HUGEPAGE)
                 check(
@@ -109,7 +110,7 @@ class MemoryOperations(MmBase):
         process has too many). ESRCH, EDEADLK as mmap().
         """
         start, end = affected.check_span(self, "munmap", addr, size)
-        with self._operation("munmap"):
+        with self._operation("munmap", start, end):
             affected.check_huge_cuts(self, "munmap", start, end)
             self._keep_adopted("munmap", start, end, force)
             self._unmap("munmap", start, end)
@@ -126,7 +127,7 @@ class MemoryOperations(MmBase):
             wrong = f"prot {prot:#x} is not made of PROT_READ, PROT_WRITE and PROT_EXEC"
             hint = "give mmap.PROT_READ | mmap.PROT_WRITE, or what else is wanted of these"
             raise affected.invalid(self, "mprotect", wrong, start, hint)
-        with self._operation("mprotect"):
+        with self._operation("mprotect", start, end):
             affected.check_huge_cuts(self, "mprotect", start, end)
             change = list(affected.protected(self._walk(start, end), start, end, prot))
             with self._invalidating(change, Event.PROTECTION_VMA):
@@ -142,7 +143,7 @@ class MemoryOperations(MmBase):
         """
         start, end = affected.check_span(self, "madvise", addr, size)
         advice = operator.index(advice)
-        with self._operation("madvise", write=False):
+        with self._operation(f"madvise {advice}", start, end, write=False):
             if affected.discards(advice):
                 self._keep_adopted(f"madvise {advice}", start, end, force)
             change = self._zapped(start, end, advice) if affected.zaps(advice) else []
@@ -171,7 +172,7 @@ class MemoryOperations(MmBase):
         """
         old = affected.check_span(self, "mremap", addr, old_size, empty=True)
         new_size, target = affected.check_mremap(self, old, new_size, flags, new_addr)
-        with self._operation("mremap"):
+        with self._operation("mremap", *old):
             self._keep_adopted("mremap", *old, force)
             if flags & MREMAP_FIXED:
                 self._keep_adopted("mremap", target, target + new_size, force)
@@ -189,7 +190,7 @@ class MemoryOperations(MmBase):
         """
         start, end = check_pages(self, "oom_reap", start, end)
         start, end = affected.check_span(self, "oom_reap", start, end - start)
-        with self._operation("oom_reap", write=False):
+        with self._operation("oom_reap", start, end, write=False):
             self._keep_adopted("oom_reap", start, end, force)
             reapable = list(affected.reapable(self._walk(start, end), start, end))
             passed_over = [piece for piece in reapable if not self._reap(*piece)]
@@ -378,16 +379,27 @@ class MemoryOperations(MmBase):
             logger.warning("mmap: [%#x, %#x) is not watched: %s", start, end, os.strerror(-watched))
 
     @contextmanager
-    def _operation(self, what: str, *, write: bool = True) -> Iterator[None]:
+    def _operation(
+        self,
+        what: str,
+        start: int = 0,
+        end: int = 0,
+        *,
+        write: bool = True,
+        track: trace.Track = trace.Track.OPERATION,
+    ) -> Iterator[Any]:
         self._check_here(what)
         self._mmap_lock.check_free(what)
         lock = self._mmap_lock.write(what) if write else self._mmap_lock.read(what)
-        with lock:
-            yield
+        with trace.span(track, what, cast("AddressSpace", self), start, end) as span, lock:
+            yield span
 
     @contextmanager
     def _migrating(self, what: str, start: int, end: int, owner: Any) -> Iterator[None]:
-        with self._operation(what, write=False), self._invalidation(start, end, Event.MIGRATE, owner):
+        with (
+            self._operation(what, start, end, write=False, track=trace.Track.MIGRATION),
+            self._invalidation(start, end, Event.MIGRATE, owner),
+        ):
             yield
 
     @contextmanager

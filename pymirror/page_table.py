@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from . import trace
 from ._shim import ffi, lib
 from .errors import MirrorError, check
 from .event import native_end
@@ -113,7 +114,7 @@ class PageTable:
             check_covers(target, "PageTable.map", start, end)
             target._check_lock("PageTable.map")
         if target.read_retry(seq):
-            return False
+            return _refused(target, seq, start, end)
         target.mm.watch(start, end, files=True)
         ret = lib.pm_table_map(self._native, sub, seq, start, n, buffer)
         if ret == -errno.ESRCH and lib.pm_mm_alive(target.mm.native) == 1:
@@ -123,7 +124,7 @@ class PageTable:
                 hint="make a new Device in the child",
             )
         if ret in (-errno.EBUSY, -errno.ESRCH):
-            return False
+            return _refused(target, seq, start, end)
         check(ret, "PageTable.map", addr=start, mm=target.mm)
         self._remember(target.mm, start, end, seq)
         return True
@@ -214,6 +215,11 @@ class PageTable:
         self._mappings.append(
             Mapping(start, end, seq, time.monotonic(), frame.f_code.co_filename, frame.f_lineno)
         )
+
+
+def _refused(target: Range | IntervalNotifier, seq: int, start: int, end: int) -> bool:
+    trace.instant(trace.Track.RETRY, "PageTable.map: invalidated meanwhile", target.mm, start, end, seq=seq)
+    return False
 
 
 def _ints(what: str, start: int, end: int) -> tuple[int, int]:

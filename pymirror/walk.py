@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import trace
 from ._shim import ffi, lib
 from .callback import may_wait
 from .errors import EHWPOISON, HasVmas, MirrorError, error
@@ -38,6 +39,13 @@ _WHY = {
 }
 
 _HINTS = {errno.EBUSY: "wait_until_valid() or read_begin() for a fresh sequence number, then go again"}
+
+
+_RETRIES = {
+    errno.ESTALE: "changed unseen",
+    errno.EBUSY: "invalidated meanwhile",
+    errno.EAGAIN: "would wait",
+}
 
 
 def check_interval(
@@ -85,6 +93,8 @@ def walk_error(mm: AddressSpace, walk: Any, ret: int, what: str) -> MirrorError:
     -ESTALE is memory that changed with no event: its invalidation is made up for here, with the callbacks in
     this thread, and the caller gets EBUSY, since its sequence number moved.
     """
+    if ret in (-errno.ESTALE, -errno.EBUSY, -errno.EAGAIN):
+        trace.instant(trace.Track.RETRY, f"{what}: {_RETRIES[-ret]}", mm, walk.start, walk.end)
     if ret == -errno.ESTALE:
         start, end = walk.fail_start, walk.fail_end
         detected(mm, start, end)
@@ -179,7 +189,12 @@ def hmm_range_fault(
             "seq": seq,
         },
     )
-    ret = lib.pm_walk_inout(mm.native, walk)
+    if trace.active is None:
+        ret = lib.pm_walk_inout(mm.native, walk)
+    else:
+        with trace.span(trace.Track.WALK, what, mm, start, end, seq=seq) as span:
+            ret = lib.pm_walk_inout(mm.native, walk)
+            span.note(ret=ret)
     if ret < 0:
         refused = walk_error(mm, walk, ret, what)
         if refused.errno == errno.EBUSY:

@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ DOMAINS = ("DmaDomain", "IommuDomain", "DirectDomain")
 class World:
     """One of everything, with memory that is mirrored and programmed."""
 
-    def __init__(self, mm: pm.AddressSpace) -> None:
+    def __init__(self, mm: pm.AddressSpace, trace: pm.Trace) -> None:
+        self.trace = trace
         self.mm = mm
         self.buf = filled(mm, 4)
         self.content = bytes(self.buf)
@@ -111,8 +113,11 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    with pm.AddressSpace() as mm:
-        made = World(mm)
+    with pm.AddressSpace() as mm, NamedTemporaryFile() as file:
+        # Closed: there is one at a time, but tests have several worlds.
+        with pm.Trace(file.name) as trace:
+            pass
+        made = World(mm, trace)
         yield made
         if not mm.closed:
             made.end_of_it()
@@ -252,6 +257,10 @@ CALLS = [
     _changes("pin_user_pages", lambda w: _enter(pm.pin_user_pages(w.mm, w.held.addr, 1))),
     _changes("migrate_to_device", lambda w: pm.migrate_to_device(w.mm, w.start, w.end, w.vram)),
     _changes("migrate_to_system", lambda w: pm.migrate_to_system(w.mm, w.start, w.end, w.vram)),
+    _looks("Trace.close", lambda w: w.trace.close()),
+    _looks("Trace.path", lambda w: w.trace.path),
+    _looks("Trace.events", lambda w: w.trace.events),
+    _looks("Trace.dropped", lambda w: w.trace.dropped),
     Call("DeviceMemory.close", lambda w: w.vram.close(), DEADLK, DEADLK),
     _looks("DeviceMemory.mm", lambda w: w.vram.mm),
     _looks("DeviceMemory.used", lambda w: w.vram.used),

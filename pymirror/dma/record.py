@@ -6,8 +6,10 @@ from __future__ import annotations
 import errno
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from .. import trace
 from .._shim import ffi, lib
 from ..errors import check
 from .direction import DmaDirection
@@ -112,12 +114,13 @@ class DmaMapping:
         options.cookie = self.cookie
         made = ffi.new("pm_dmap **")
         ret = 0
-        try:
-            ret = lib.pm_dmap_create(options, made)
-        finally:
-            # Ctrl-C may strike as soon as the call returns: the mapping goes with this object then.
-            if made[0] != ffi.NULL:
-                self.native = ffi.gc(made[0], lib.pm_dmap_put)
+        with self._span("map"):
+            try:
+                ret = lib.pm_dmap_create(options, made)
+            finally:
+                # Ctrl-C may strike as soon as the call returns: the mapping goes with this object then.
+                if made[0] != ffi.NULL:
+                    self.native = ffi.gc(made[0], lib.pm_dmap_put)
         if ret == -errno.EOPNOTSUPP:
             device._require_pfns(f"{device.name}: DMA without an IOMMU")
         check(
@@ -137,6 +140,12 @@ class DmaMapping:
     def __repr__(self) -> str:
         return (
             f"<DmaMapping {self.kind} {self.iova:#x}+{self.size:#x} {self.direction} of {self.device.name}>"
+        )
+
+    def _span(self, what: str) -> AbstractContextManager[Any]:
+        end = self.start + (self.npages << 12)
+        return trace.span(
+            trace.Track.DMA, what, self.mm, self.start, end, kind=self.kind, device=self.device.name
         )
 
     def info(self) -> Any:
@@ -161,12 +170,14 @@ class DmaMapping:
     def unlink(self, first: int, npages: int) -> tuple[int, int]:
         """Take pages out: how many were there, and how many of them a device could write to."""
         writable = ffi.new("uint64_t *")
-        taken = checked(lib.pm_dmap_unlink(self.native, first, npages, writable), "DMA unmap")
+        with self._span("unlink"):
+            taken = checked(lib.pm_dmap_unlink(self.native, first, npages, writable), "DMA unmap")
         return taken, writable[0]
 
     def unmap(self) -> tuple[int, int]:
         """Take everything out and give the IOVAs back. As unlink(); (0, 0) when that was done before."""
         writable = ffi.new("uint64_t *")
-        taken = checked(lib.pm_dmap_unmap(self.native, writable), "DMA unmap")
+        with self._span("unmap"):
+            taken = checked(lib.pm_dmap_unmap(self.native, writable), "DMA unmap")
         self.device.domain.forget(self)
         return taken, writable[0]
