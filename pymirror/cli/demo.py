@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from pymirror.cli.demo_tables import print_report
 from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, size
 from pymirror.cli.text import console
+from pymirror.cli.tracing import add_trace_option, tracing
 from pymirror.demo import Demo, Options, Report, Stop
 from pymirror.demo import runner as demo_runner
 
@@ -76,13 +77,15 @@ class DemoCommand:
             "--seed", type=int, default=default.seed, help="of data and operations (default: 1)"
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+        add_trace_option(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         try:
             options = Options(args.size, args.seconds, args.threads, args.seed)
         except ValueError as error:
             raise CommandError(str(error), EXIT_USAGE) from None
-        report = _run(options)
+        with tracing(args.trace):
+            report = _run(options)
         if args.json:
             json.dump(report.to_json(), sys.stdout, indent=2)
             print()

@@ -7,6 +7,7 @@ import json
 import sys
 
 from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, CommandError
+from pymirror.cli.tracing import add_trace_option, tracing
 from pymirror.features import probe
 from pymirror.replay import FIELDS, FormatError, Result, Scenario, Summary, describe, load, play_all
 
@@ -37,6 +38,7 @@ class ReplayCommand:
         parser.add_argument(
             "--verbose", action="store_true", help="print every differing step with its evidence"
         )
+        add_trace_option(parser)
         parser.add_argument(
             "--show",
             metavar="ID",
@@ -47,7 +49,8 @@ class ReplayCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         scenarios = _chosen(_load(args.files), args.show)
-        summary = play_all(scenarios)
+        with tracing(args.trace):
+            summary = play_all(scenarios)
         if args.json:
             json.dump(summary.json(), sys.stdout)
             print()
