@@ -95,9 +95,15 @@ bool pm_inv_claims(struct pm_mm *mm, uint64_t start, uint64_t last, int event)
     return false;
 }
 
+/* Not of this thread, which would wait for itself: the handler of a signal may have come in the middle of it.
+ */
 static bool write_in_flight(const struct pm_mm *mm, uint64_t start, uint64_t last)
 {
+    uint32_t self = pm_status_tid(mm);
+
     for (const struct pm_inflight *access = mm->inflight; access; access = access->next) {
+        if (self && access->tid == self)
+            continue;
         if (access->write && pm_overlap(start, last, access->start, access->last))
             return true;
     }
