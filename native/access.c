@@ -9,6 +9,7 @@
 #include <errno.h>
 
 #include "access.h"
+#include "inline.h"
 #include "table.h"
 
 static const uint64_t writer_wait_ns = 1000ULL * 1000 * 1000;
@@ -125,9 +126,14 @@ static bool buffer_gone(const struct pm_access_span *span, const char *buf)
 /* Bytes copied, or -EFAULT with the fault set, or another errno. */
 static int64_t copy(struct pm_access_span *span, struct pm_access_why *fault, char *buf)
 {
-    ssize_t n = span->write ? pm_sys_vm_writev(buf, span->addr, span->len)
-                            : pm_sys_vm_readv(buf, span->addr, span->len);
+    uint64_t addr = (uintptr_t)buf;
+    unsigned tries = 0;
+    ssize_t n;
 
+    do
+        n = span->write ? pm_sys_vm_writev(buf, span->addr, span->len)
+                        : pm_sys_vm_readv(buf, span->addr, span->len);
+    while (pm_inline_again(n, addr, addr + span->len, &tries));
     if (n == -EINTR)
         return 0;
     if (n != -EFAULT || buffer_gone(span, buf))

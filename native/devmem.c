@@ -159,8 +159,10 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
 
 static bool can_migrate(const struct pm_mm *mm)
 {
-    return pm_have(mm, PM_FEAT_UFFD_KERNEL) && pm_have(mm, PM_FEAT_UFFD_EVENTS) &&
-           pm_have(mm, PM_FEAT_UFFD_MOVE) && pm_have(mm, PM_FEAT_PAGEMAP);
+    int serves = mm->inline_faults ? PM_FEAT_UFFD_SIGBUS : PM_FEAT_UFFD_KERNEL;
+
+    return pm_have(mm, serves) && pm_have(mm, PM_FEAT_UFFD_EVENTS) && pm_have(mm, PM_FEAT_UFFD_MOVE) &&
+           pm_have(mm, PM_FEAT_PAGEMAP);
 }
 
 static int open_arena_fd(struct pm_mm *mm)

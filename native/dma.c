@@ -9,6 +9,7 @@
 
 #include "access.h"
 #include "domain.h"
+#include "inline.h"
 
 enum { PIECE_BYTES = 1 << 20 };
 
@@ -61,10 +62,15 @@ static int64_t access_mirror(const struct piece *piece, struct pm_dma_access *ac
 
 static int64_t copy_kernel(const struct piece *piece)
 {
-    uint64_t addr = piece->dmap->start + piece->at;
-    ssize_t n = piece->write ? pm_sys_vm_writev(piece->buf, addr, piece->len)
-                             : pm_sys_vm_readv(piece->buf, addr, piece->len);
+    uint64_t addr = piece->dmap->start + piece->at, buf = (uintptr_t)piece->buf;
+    unsigned tries = 0, tries_buf = 0;
+    ssize_t n;
 
+    do
+        n = piece->write ? pm_sys_vm_writev(piece->buf, addr, piece->len)
+                         : pm_sys_vm_readv(piece->buf, addr, piece->len);
+    while (pm_inline_again(n, addr, addr + piece->len, &tries) ||
+           pm_inline_again(n, buf, buf + piece->len, &tries_buf));
     return n == -EINTR ? 0 : n;
 }
 

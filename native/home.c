@@ -138,32 +138,45 @@ static void span_around(struct pm_mm *mm, uint64_t addr, uint64_t *start, uint64
     *end = *start + around;
 }
 
-void pm_home_fault(struct pm_mm *mm, uint64_t addr)
+int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_event event = {.start = start, .end = end, .type = PM_CLEAR, .guarantee = PM_BEFORE};
+    struct pm_inv inv = {0};
+    uint64_t first = start;
+    int64_t got;
+
+    pm_drain_writes(mm, start, end - 1, pm_now_ns() + drain_limit_ns);
+    if (!pm_resident_next(mm->devices, &first, end))
+        return 0;
+    event.seq = pm_inv_open(mm, &inv, start, end - 1, PM_CLEAR, PM_BEFORE);
+    event.when_ns = inv.since_ns;
+    got = pm_home(mm, start, end, NULL);
+    pm_inv_close(mm, &inv);
+    mm->devices->stats.faults++;
+    mm->stats.events[PM_CLEAR]++;
+    pm_queue_push(mm, &event);
+    return got;
+}
+
+int pm_home_fault(struct pm_mm *mm, uint64_t addr)
 {
     struct uffdio_zeropage zero = {.range = {addr, PM_PAGE_SIZE}};
-    struct pm_inv inv = {0};
     uint64_t start = addr, end = addr + PM_PAGE_SIZE;
+    int64_t err = 0;
 
     if (mm->devices && pm_resident(mm->devices, addr)) {
-        struct pm_event event = {.type = PM_CLEAR, .guarantee = PM_BEFORE};
-
         span_around(mm, addr, &start, &end);
-        event.start = start;
-        event.end = end;
-        event.seq = pm_inv_open(mm, &inv, start, end - 1, PM_CLEAR, PM_BEFORE);
-        event.when_ns = inv.since_ns;
-        pm_home(mm, start, end, NULL);
-        pm_inv_close(mm, &inv);
-        mm->devices->stats.faults++;
-        mm->stats.events[PM_CLEAR]++;
-        pm_queue_push(mm, &event);
+        err = pm_home_told(mm, start, end);
     }
     if (!mm->devices || !pm_resident(mm->devices, addr)) {
-        if (pm_sys_ioctl(mm->uffd, UFFDIO_ZEROPAGE, &zero) == 0 && mm->devices)
+        err = pm_sys_ioctl(mm->uffd, UFFDIO_ZEROPAGE, &zero);
+        if (!err && mm->devices)
             mm->devices->stats.filled++;
     }
     /* Whatever did not work is tried again when the thread faults again. */
-    pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){start, end - start});
+    if (!mm->inline_faults)
+        pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){start, end - start});
+    return err < 0 ? (int)err : 0;
 }
 
 static bool copy_to_child(int fd, uint64_t addr, uint64_t slot)

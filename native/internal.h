@@ -11,6 +11,7 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -105,8 +106,9 @@ int pm_sys_ftruncate(int fd, uint64_t len);
 ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len);        /* of this process */
 ssize_t pm_sys_vm_writev(const void *buf, uint64_t addr, size_t len); /* of this process */
 int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg); /* with every signal blocked */
-void *pm_sys_calloc(size_t n, size_t size);                           /* NULL on failure */
-void *pm_sys_malloc(size_t size);                                     /* counted with it */
+int pm_sys_sigaction(int sig, const struct sigaction *act, struct sigaction *old);
+void *pm_sys_calloc(size_t n, size_t size); /* NULL on failure */
+void *pm_sys_malloc(size_t size);           /* counted with it */
 int pm_sys_io_uring_setup(unsigned entries, void *params);
 int pm_sys_io_uring_register(int fd, unsigned opcode, void *arg, unsigned count);
 int pm_sys_io_uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags, void *arg, size_t len);
@@ -189,7 +191,8 @@ struct pm_mm {
     uint64_t owner;   /* pm_process() of the process that made it */
     struct pm_features features;
 
-    uint64_t disable; /* features to do without */
+    uint64_t disable;   /* features to do without */
+    bool inline_faults; /* a CPU fault on device memory is a signal, see inline.c */
     int maps_fd, pagemap_fd, uffd, wake_fd, spare_fd, status_fd;
     struct pm_status *status;
 
@@ -317,6 +320,7 @@ void pm_unwatch_all(struct pm_mm *mm);
 void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end); /* device lock held */
 void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len);     /* device lock held */
 bool pm_events_unread(struct pm_mm *mm); /* the kernel refuses with EAGAIN while a message is on its way */
+bool pm_watch_lists(const struct pm_mm *mm, uint64_t addr);      /* device lock held; or it cannot be told */
 bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end); /* all of it, without a gap */
 /* Write-protect the present pages of watched private memory, so that writes after a fork show. */
 void pm_watch_after_fork(struct pm_mm *mm);

@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "devmem.h"
+#include "inline.h"
 #include "populate.h"
 
 enum { AGAIN_LIMIT = 64 };
@@ -150,9 +151,13 @@ static int set_missing(struct pm_mm *mm, const struct pm_vma *vma, uint64_t star
     uint64_t first = pm_max(vma->start, start & ~(PM_HUGE_SIZE - 1));
     uint64_t last = pm_min(vma->end, (end + PM_HUGE_SIZE - 1) & ~(PM_HUGE_SIZE - 1));
     struct uffdio_register reg = {.range = {first, last - first}, .mode = mode};
-    int err = pm_sys_ioctl(mm->uffd, UFFDIO_REGISTER, &reg);
+    int err;
 
-    if (err != -ENOMEM)
+    /* No hole of others' memory, which may be touched where SIGBUS is blocked. */
+    if (mm->inline_faults)
+        reg.range = (struct uffdio_range){start, end - start};
+    err = pm_sys_ioctl(mm->uffd, UFFDIO_REGISTER, &reg);
+    if (err != -ENOMEM || mm->inline_faults)
         return err;
     reg.range = (struct uffdio_range){vma->start, vma->end - vma->start};
     return pm_sys_ioctl(mm->uffd, UFFDIO_REGISTER, &reg);
@@ -215,9 +220,12 @@ int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t
     err = pm_mm_enter(mm);
     if (err)
         return err;
-    pthread_mutex_lock(&mm->watch_lock);
-    err = move_out_vmas(vram, start, end, moved);
-    pthread_mutex_unlock(&mm->watch_lock);
+    err = pm_inline_join(mm);
+    if (!err) {
+        pthread_mutex_lock(&mm->watch_lock);
+        err = move_out_vmas(vram, start, end, moved);
+        pthread_mutex_unlock(&mm->watch_lock);
+    }
     pm_mm_exit(mm);
     return err;
 }

@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "devmem.h"
+#include "inline.h"
 
 static struct {
     pthread_mutex_t lock;
@@ -272,6 +273,7 @@ static int enlist(struct pm_mm *mm)
 static void init_mm(struct pm_mm *mm, const struct pm_mm_options *opt)
 {
     mm->disable = opt->disable;
+    mm->inline_faults = opt->flags & PM_MM_INLINE;
     mm->queue_len = opt->queue_length ? opt->queue_length : PM_QUEUE_DEFAULT;
     mm->maps_fd = mm->pagemap_fd = mm->uffd = mm->wake_fd = mm->spare_fd = mm->status_fd = -1;
     mm->ring_fd = mm->stage_fd = mm->arena_fd = -1;
@@ -291,7 +293,7 @@ int pm_mm_create(const struct pm_mm_options *opt, pm_mm **ret)
     struct pm_mm *mm;
     int err;
 
-    if (opt->flags || opt->queue_length > 1U << 20)
+    if ((opt->flags & ~(uint32_t)PM_MM_INLINE) || opt->queue_length > 1U << 20)
         return -EINVAL;
     mm = pm_sys_calloc(1, sizeof(*mm));
     if (!mm)
@@ -383,6 +385,7 @@ int pm_mm_close(pm_mm *mm)
         return err;
     }
     pm_unwatch_all(mm);
+    pm_inline_leave(mm);
     pm_monitor_stop(mm);
     pthread_mutex_unlock(&mm->watch_lock);
     if (atomic_load(&mm->users) == 0)

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "inline.h"
 #include "ring.h"
 
 enum pm_pin_state { PM_PIN_MADE, PM_PIN_RELEASED, PM_PIN_CLOSED };
@@ -73,9 +74,13 @@ static int register_pages(struct pm_pin *pin)
     uint64_t end = pin->start + (pin->npages << PM_PAGE_SHIFT);
 
     for (uint64_t addr = pin->start; addr < end; addr += PM_ABI_IORING_BUFFER_MAX) {
-        int err = pm_ring_register(pin->mm, addr, pm_min(PM_ABI_IORING_BUFFER_MAX, end - addr),
-                                   &pin->slot[pin->nslots]);
+        uint64_t len = pm_min(PM_ABI_IORING_BUFFER_MAX, end - addr);
+        unsigned tries = 0;
+        int err;
 
+        do
+            err = pm_ring_register(pin->mm, addr, len, &pin->slot[pin->nslots]);
+        while (pm_inline_again(err, addr, addr + len, &tries));
         if (err)
             return err;
         pin->nslots++;
@@ -223,6 +228,7 @@ static int64_t copy_piece(struct pm_pin *pin, uint64_t offset, void *buf, uint64
 int pm_pin_access(pm_pin *pin, uint64_t offset, void *buf, uint64_t len, int write, uint64_t *done)
 {
     uint64_t size = pin->npages << PM_PAGE_SHIFT;
+    unsigned tries = 0;
     int64_t n = 0;
 
     *done = 0;
@@ -234,6 +240,8 @@ int pm_pin_access(pm_pin *pin, uint64_t offset, void *buf, uint64_t len, int wri
     while (*done < len) {
         pm_point(PM_POINT_PIN_PIECE);
         n = copy_piece(pin, offset + *done, (char *)buf + *done, len - *done, write != 0);
+        if (pm_inline_again(n, (uintptr_t)buf + *done, (uintptr_t)buf + len, &tries))
+            continue;
         if (n < 0)
             break;
         *done += (uint64_t)n;

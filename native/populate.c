@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "inline.h"
 #include "pagemap.h"
 #include "populate.h"
 
@@ -71,13 +72,24 @@ static int populate_by_copy(uint64_t start, uint64_t end, bool write)
     return err ? err : read_pages(start, end);
 }
 
-int pm_populate(struct pm_mm *mm, uint64_t start, uint64_t end, bool write)
+static int populate_once(const struct pm_mm *mm, uint64_t start, uint64_t end, bool write)
 {
     if (pm_have(mm, PM_FEAT_POPULATE))
         return populate(start, end, write ? PM_ABI_MADV_POPULATE_WRITE : PM_ABI_MADV_POPULATE_READ);
     if (pm_have(mm, PM_FEAT_PROCESS_VM))
         return populate_by_copy(start, end, write);
     return -EOPNOTSUPP;
+}
+
+int pm_populate(struct pm_mm *mm, uint64_t start, uint64_t end, bool write)
+{
+    unsigned tries = 0;
+    int err;
+
+    do
+        err = populate_once(mm, start, end, write);
+    while (pm_inline_again(err, start, end, &tries));
+    return err;
 }
 
 /* Of [start, end), within one block of fault-around, what is in the page cache. Returns the pages asked for.

@@ -62,10 +62,14 @@ typedef struct pm_table pm_table;
 struct pm_inv;
 typedef struct pm_inv pm_inv;
 
+enum pm_mm_flag {
+    PM_MM_INLINE = 1 /* the thread that touches device memory serves its fault, by SIGBUS */
+};
+
 struct pm_mm_options {
     uint64_t disable;      /* feature bits to do without */
     uint32_t queue_length; /* events kept for the dispatcher, 0: 1024 */
-    uint32_t flags;        /* 0 */
+    uint32_t flags;        /* enum pm_mm_flag */
 };
 
 /*
@@ -418,7 +422,8 @@ struct pm_devmem_stats {
 
 /*
  * Device memory for at most `size` bytes of this mm's pages. -EOPNOTSUPP without userfaultfd that serves
- * system calls, its events, UFFDIO_MOVE and the pagemap; -EINVAL; -ENOMEM; -ESRCH.
+ * system calls (PM_MM_INLINE: that gives SIGBUS), its events, UFFDIO_MOVE and the pagemap; -EINVAL; -ENOMEM;
+ * -ESRCH.
  */
 int pm_devmem_create(pm_mm *mm, uint64_t size, pm_devmem **ret);
 /* Frees it. -EBUSY while pages are in it; -ESRCH in a forked child. */
@@ -431,7 +436,8 @@ int pm_devmem_stats(pm_mm *mm, struct pm_devmem_stats *ret);
  * Move the pages of [start, end) into device memory, within an invalidation (PM_MIGRATE) that the caller has
  * open, of memory that is watched. Private anonymous writable pages move; others stay, and so does what is
  * pinned. `moved`, also on an error: -EINVAL at a hole or a vma that cannot be read, after what precedes it
- * has moved; -ENOSPC: it is full; -EBUSY: a fork or madvise does not end; -ENOMEM; -ESRCH.
+ * has moved; -ENOSPC: it is full; -EBUSY: a fork or madvise does not end, or pm_sigbus_over(); -ENOMEM;
+ * -ESRCH.
  */
 int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
 /*
@@ -442,6 +448,13 @@ int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t
 int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devmem *only, uint64_t *moved);
 /* A CPU fault brings home what is in the aligned `bytes` around it: 4 KiB (at first), 64 KiB or 2 MiB. */
 int pm_devmem_fault_around(pm_devmem *vram, uint64_t bytes);
+
+/*
+ * PM_MM_INLINE: the first migration makes the shim's handler that of SIGBUS, for good; what is not its own
+ * goes to the one that was there. The address of a handler that was installed over it since, 0: none. Nothing
+ * migrates then.
+ */
+uint64_t pm_sigbus_over(void);
 
 /* IOVAs: the DMA addresses of a domain. */
 
@@ -744,6 +757,7 @@ enum pm_sys {
     PM_SYS_URING_SETUP,
     PM_SYS_URING_REGISTER,
     PM_SYS_URING_ENTER,
+    PM_SYS_SIGACTION,
     PM_SYS_COUNT
 };
 
@@ -782,6 +796,7 @@ enum pm_point {
     PM_POINT_REMOVE_LINGER, /* a REMOVE is about to be declared over; the lock is not held */
     PM_POINT_PIN_PINNED,    /* pinned, the page table is not looked at again yet */
     PM_POINT_PIN_PIECE,     /* a piece of an access through a pin is about to be copied; no lock is held */
+    PM_POINT_INLINE_FAULT,  /* in the handler of SIGBUS, the device lock is not taken yet */
     PM_POINT_COUNT
 };
 

@@ -289,6 +289,13 @@ int pm_sys_thread(pthread_t *thread, void *(*fn)(void *), void *arg)
     return -err;
 }
 
+int pm_sys_sigaction(int sig, const struct sigaction *act, struct sigaction *old)
+{
+    int err = enter(PM_SYS_SIGACTION);
+
+    return err ? err : (int)result(sigaction(sig, act, old));
+}
+
 int pm_sys_io_uring_setup(unsigned entries, void *params)
 {
     int err = enter(PM_SYS_URING_SETUP);

@@ -25,6 +25,8 @@ static uint64_t wanted_features(const struct pm_mm *mm)
     want &= mm->features.uffd_features;
     if (pm_have(mm, PM_FEAT_UFFD_WP_ASYNC))
         want |= PM_ABI_UFFD_FEATURE_WP_ASYNC;
+    if (mm->inline_faults && pm_have(mm, PM_FEAT_UFFD_SIGBUS))
+        want |= PM_ABI_UFFD_FEATURE_SIGBUS;
     if (pm_have(mm, PM_FEAT_UFFD_WP_UNPOPULATED))
         want |= PM_ABI_UFFD_FEATURE_WP_UNPOPULATED;
     if (pm_have(mm, PM_FEAT_UFFD_EVENTS))
@@ -200,6 +202,15 @@ void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len)
 {
     remember(mm, to, to + len);
     count_watched(mm);
+}
+
+bool pm_watch_lists(const struct pm_mm *mm, uint64_t addr)
+{
+    uint32_t i = range_at(mm, addr);
+
+    if (i < mm->nwatched && mm->watched[i].start <= addr)
+        return true;
+    return mm->unlisted.start <= addr && addr < mm->unlisted.end;
 }
 
 bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end)

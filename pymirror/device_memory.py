@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 FAULT_AROUND = (4 << 10, 64 << 10, 2 << 20)
-_NEEDS = ("uffd_kernel", "uffd_events", "move", "pagemap")
+_NEEDS = {
+    "thread": ("uffd_kernel", "uffd_events", "move", "pagemap"),
+    "inline": ("sigbus", "uffd_events", "move", "pagemap"),
+}
 
 
 class DeviceMemory:
@@ -123,13 +126,7 @@ class DeviceMemory:
             raise _einval("it is closed", "make new device memory", what)
 
     def _move_to(self, mm: AddressSpace, what: str) -> None:
-        if mm.fault_delivery != "thread":
-            raise MirrorError(
-                errno.EOPNOTSUPP,
-                f'{what}: fault_delivery="{mm.fault_delivery}" does not serve faults on device memory yet',
-                hint='use AddressSpace(fault_delivery="thread")',
-            )
-        for feature in _NEEDS:
+        for feature in _NEEDS[mm.fault_delivery]:
             mm.features.require(feature, what)
         if self.used:
             raise MirrorError(

@@ -31,9 +31,9 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
 
     EINVAL: no interval of whole pages, or, after what precedes it has moved, a hole or a vma that cannot be
     read. ENOSPC: it is larger than the device memory. EBUSY: a fork or madvise of another thread does not
-    end. EXDEV: the device memory has pages of another address space. EOPNOTSUPP, FeatureError: this kernel
-    or user cannot have device memory. ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under
-    read_lock().
+    end, or, with inline delivery, a handler of SIGBUS was installed over pymirror's. EXDEV: the device memory
+    has pages of another address space. EOPNOTSUPP, FeatureError: this kernel or user cannot have device
+    memory. ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock().
     """
     what = "migrate_to_device"
     _check_interval(mm, what, start, end)
@@ -47,6 +47,8 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
             if ret != -errno.ENOSPC:
                 break
             _evict(mm, vram, start, end, total)
+    if ret == -errno.EBUSY:
+        _check_handler(mm, what)
     check(ret, what, addr=_first_refused(mm, start, end) if ret == -errno.EINVAL else start, mm=mm)
     return int(total)
 
@@ -90,6 +92,18 @@ def _evict(mm: AddressSpace, vram: DeviceMemory, start: int, end: int, moved: in
             hint="make the device memory larger, or migrate less at a time",
         )
     _bring_home(mm, "migrate_to_device", *victim, vram._native, vram)
+
+
+def _check_handler(mm: AddressSpace, what: str) -> None:
+    if handler := lib.pm_sigbus_over():
+        raise MirrorError(
+            errno.EBUSY,
+            f"{what}: a handler of SIGBUS was installed over pymirror's, and would get its faults",
+            addr=handler,
+            vma=mm._vma_for_error(handler),
+            hint="take it away (faulthandler.disable()); install it before the first migration, then it gets"
+            " what is not pymirror's",
+        )
 
 
 def _check_interval(mm: AddressSpace, what: str, start: int, end: int) -> None:

@@ -45,10 +45,12 @@ _open: dict[int, weakref.ref[AddressSpace]] = {}
 class AddressSpace(MemoryOperations):
     """The mirror state of this process's memory (``struct mm_struct`` with its notifier subscriptions).
 
-    ``fault_delivery`` is how a CPU fault on a device-resident page is served, "thread" or "inline"; it has
-    an effect only on memory that was migrated to a device. ``disable`` names features to do without (see
-    Features), ``queue_length`` is how many kernel events are kept for callbacks before they become one that
-    says "everything".
+    ``fault_delivery`` is how a CPU fault on a device-resident page is served: by a "thread" of its own, or
+    "inline", in the thread that touches, by a handler of SIGBUS; it has an effect only on memory that was
+    migrated to a device. Inline is faster, but a system call on such a page is EFAULT, and a thread that
+    blocks SIGBUS is killed by a touch; see docs/device-memory.md. ``disable`` names features to do without
+    (see Features), ``queue_length`` is how many kernel events are kept for callbacks before they become one
+    that says "everything".
 
     Several may be open at once, and each may be used by any thread. Close it, or use it as a context
     manager. One that is collected unclosed gives a ResourceWarning, and no callbacks run: notifiers keep
@@ -69,7 +71,7 @@ class AddressSpace(MemoryOperations):
         disabled = _features.disable_bits(disable)
         self.pid = os.getpid()
         self.fault_delivery = fault_delivery
-        self.native = _create(disabled, queue_length)
+        self.native = _create(disabled, queue_length, fault_delivery)
         self.features = _probed(self.native, disabled)
         self.errors: deque[CallbackError] = deque(maxlen=_ERRORS_KEPT)
         self._mmap_lock = MmapLock()
@@ -285,8 +287,10 @@ class AddressSpace(MemoryOperations):
             region._held.release()
 
 
-def _create(disabled: int, queue_length: int) -> Any:
-    options = ffi.new("struct pm_mm_options *", {"disable": disabled, "queue_length": queue_length})
+def _create(disabled: int, queue_length: int, fault_delivery: str) -> Any:
+    flags = lib.PM_MM_INLINE if fault_delivery == "inline" else 0
+    asked = {"disable": disabled, "queue_length": queue_length, "flags": flags}
+    options = ffi.new("struct pm_mm_options *", asked)
     created = ffi.new("pm_mm **")
     check(
         lib.pm_mm_create(options, created),

@@ -25,6 +25,12 @@ pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threa
 PAGES = 64
 
 
+@pytest.fixture(params=["thread", "inline"])
+def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
+    with pm.AddressSpace(fault_delivery=request.param) as space:
+        yield space
+
+
 @pytest.fixture
 def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
     with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
@@ -171,7 +177,7 @@ class TestWhatStays:
     def test_another_address_space_waits(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)
         to_device(buf, vram)
-        with pm.AddressSpace() as other:
+        with pm.AddressSpace(fault_delivery=mm.fault_delivery) as other:
             mine = patterned(other)
             assert errno_of(to_device, mine, vram) == errno.EXDEV
             pm.migrate_to_system(mm, buf.addr, buf.addr + buf.size)
@@ -180,14 +186,18 @@ class TestWhatStays:
         assert intact(buf)
 
     def test_missing_features(self) -> None:
-        with (
-            pm.AddressSpace(disable=["move"]) as mm,
-            pm.DeviceMemory(pm.Device("d5"), pm.MiB) as vram,
-            pytest.raises(pm.FeatureError, match="move"),
+        for feature, delivery in (
+            ("move", "thread"),
+            ("uffd_kernel", "thread"),
+            ("move", "inline"),
+            ("sigbus", "inline"),
         ):
-            to_device(patterned(mm), vram)
-        with pm.AddressSpace(fault_delivery="inline") as mm, pm.DeviceMemory(pm.Device("d6"), pm.MiB) as vram:
-            assert errno_of(to_device, patterned(mm), vram) == errno.EOPNOTSUPP
+            with (
+                pm.AddressSpace(disable=[feature], fault_delivery=delivery) as mm,
+                pm.DeviceMemory(pm.Device("d5"), pm.MiB) as vram,
+                pytest.raises(pm.FeatureError, match=feature),
+            ):
+                to_device(patterned(mm), vram)
 
 
 class TestChangesOfMemory:
@@ -231,6 +241,7 @@ class TestChangesOfMemory:
 
 
 class TestSystemCalls:
+    @pytest.mark.parametrize("mm", ["thread"], indirect=True)
     def test_files(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf, read, write = patterned(mm), *os.pipe()
         to_device(buf, vram)
@@ -274,9 +285,10 @@ class TestEnds:
         assert intact(buf)
         assert errno_of(to_device, buf, vram) == errno.EINVAL
 
-    def test_closing_the_address_space(self) -> None:
+    @pytest.mark.parametrize("delivery", ["thread", "inline"])
+    def test_closing_the_address_space(self, delivery: str) -> None:
         vram = pm.DeviceMemory(pm.Device("d8"), pm.MiB)
-        mm = pm.AddressSpace()
+        mm = pm.AddressSpace(fault_delivery=delivery)
         buf = patterned(mm)
         view = np.frombuffer(buf, np.uint8)
         to_device(buf, vram)
@@ -285,11 +297,12 @@ class TestEnds:
         assert np.array_equal(view, pattern(PAGES))
         vram.close()
 
+    @pytest.mark.parametrize("delivery", ["thread", "inline"])
     @pytest.mark.parametrize("ending", ["pass", "import os; os._exit(0)", "raise SystemExit(0)"])
-    def test_the_interpreters_exit(self, ending: str) -> None:
+    def test_the_interpreters_exit(self, ending: str, delivery: str) -> None:
         program = (
             "import pymirror as pm\n"
-            "mm = pm.AddressSpace()\n"
+            f"mm = pm.AddressSpace(fault_delivery={delivery!r})\n"
             "buf = mm.mmap(1 << 20)\n"
             "vram = pm.DeviceMemory(pm.Device('d'), 1 << 20)\n"
             "assert pm.migrate_to_device(mm, buf.addr, buf.addr + buf.size, vram) == 256\n" + ending

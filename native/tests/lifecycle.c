@@ -184,7 +184,7 @@ static void closes_at_once(void)
 
 static void bad_options(void)
 {
-    struct pm_mm_options opt = {.flags = 1};
+    struct pm_mm_options opt = {.flags = 2};
     pm_mm *mm = NULL;
 
     CHECK_EQ(pm_mm_create(&opt, &mm), -EINVAL);

@@ -12,23 +12,24 @@ enum { PAGES = 64 };
 #define NEED_VRAM()                                                                                          \
     do {                                                                                                     \
         if (!vram)                                                                                           \
-            LEAVE_OUT("needs a userfaultfd that serves system calls, and UFFDIO_MOVE");                      \
+            LEAVE_OUT("needs a userfaultfd that serves the faults, with events, and UFFDIO_MOVE");           \
     } while (0)
 
+static uint32_t delivery; /* flags of the mm */
 static pm_mm *mm;
 static pm_devmem *vram;
 static char *mem;
 
 static void set_up(void)
 {
-    struct pm_mm_options opt = {0};
+    struct pm_mm_options opt = {.flags = delivery};
 
 #ifdef __SANITIZE_THREAD__
     opt.disable = 1ULL << PM_FEAT_UFFD_EVENT_FORK; /* see fork.c */
 #endif
     mm = open_mm_with(&opt);
     vram = NULL;
-    if (mm_has(mm, PM_FEAT_UFFD_KERNEL) && mm_has(mm, PM_FEAT_UFFD_MOVE))
+    if (can_migrate(mm, delivery))
         CHECK_EQ(pm_devmem_create(mm, 64 << 20, &vram), 0);
     mem = new_pages(PAGES);
     for (int i = 0; i < PAGES; i++)
@@ -356,5 +357,8 @@ int main(int argc, char **argv)
         TEST(nothing_is_lost_under_writers),
     };
 
-    return run_tests_with(set_up, tear_down, tests, COUNT_OF(tests), argc, argv);
+    int failed = run_tests_with(set_up, tear_down, tests, COUNT_OF(tests), argc, argv);
+
+    delivery = PM_MM_INLINE;
+    return run_tests_with(set_up, tear_down, tests, COUNT_OF(tests), argc, argv) | failed;
 }

@@ -49,6 +49,13 @@ static inline bool mm_has(pm_mm *mm, int feature)
     return (features.have >> feature) & 1;
 }
 
+/* Device memory for an mm of these flags. */
+static inline bool can_migrate(pm_mm *mm, uint32_t flags)
+{
+    return mm_has(mm, flags & PM_MM_INLINE ? PM_FEAT_UFFD_SIGBUS : PM_FEAT_UFFD_KERNEL) &&
+           mm_has(mm, PM_FEAT_UFFD_EVENTS) && mm_has(mm, PM_FEAT_UFFD_MOVE) && mm_has(mm, PM_FEAT_PAGEMAP);
+}
+
 /* Small pages only, so that a test says which pages are there. */
 static inline char *new_pages(uint64_t n)
 {

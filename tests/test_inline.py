@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""The two deliveries of CPU faults on device memory: where they differ, and what inline asks of a program."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from mirroring import PAGE, FaultDriver, as_bytes
+from racing import in_child
+from seams import errno_of, needs
+
+import pymirror as pm
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
+PAGES = 64
+SYS_FUTEX = 202
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(params=["thread", "inline"])
+def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
+    needs("uffd_events", "move", "pagemap", "uffd_kernel" if request.param == "thread" else "sigbus")
+    with pm.AddressSpace(fault_delivery=request.param) as space:
+        yield space
+
+
+inline = pytest.mark.parametrize("mm", ["inline"], indirect=True)
+
+
+@pytest.fixture
+def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
+    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
+        yield memory
+
+
+def out(mm: pm.AddressSpace, vram: pm.DeviceMemory, pages: int = PAGES) -> pm.Region:
+    """Memory on the device, each page full of its number."""
+    buf = mm.mmap(pages * PAGE)
+    np.frombuffer(buf, np.uint8).reshape(pages, PAGE)[:] = np.arange(pages, dtype=np.uint8)[:, None]
+    assert pm.migrate_to_device(mm, buf.addr, buf.addr + buf.size, vram) == pages
+    return buf
+
+
+def intact(buf: pm.Region) -> bool:
+    pages = np.frombuffer(buf, np.uint8).reshape(-1, PAGE)
+    return bool((pages == np.arange(len(pages), dtype=np.uint8)[:, None]).all())
+
+
+class IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
+
+
+def vm_readv(addr: int) -> int:
+    into = ctypes.create_string_buffer(8)
+    local, remote = IoVec(ctypes.addressof(into), 8), IoVec(addr, 8)
+    return int(LIBC.process_vm_readv(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
+
+
+def futex_wake(addr: int) -> int:
+    """FUTEX_WAKE_OP with an operation that changes nothing: the kernel reads and writes the word."""
+    return int(LIBC.syscall(SYS_FUTEX, ctypes.c_void_p(addr), 5, 0, None, ctypes.c_void_p(addr), 1 << 28))
+
+
+def error_of(call: Callable[[], int]) -> int:
+    """0, or the errno of a call of libc's."""
+    return ctypes.get_errno() if call() < 0 else 0
+
+
+def test_system_calls(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    """They wait for the page, or are EFAULT, and then nothing has come home."""
+    buf, (read, write) = out(mm, vram), os.pipe()
+    want = 0 if mm.fault_delivery == "thread" else errno.EFAULT
+    os.write(write, b"\0")
+    try:
+        assert errno_of(os.readv, read, [as_bytes(buf)[:1]]) == want
+        assert errno_of(os.write, write, as_bytes(buf)[PAGE : PAGE + 1]) == want
+    finally:
+        os.close(read)
+        os.close(write)
+    assert error_of(lambda: vm_readv(buf.addr + 2 * PAGE)) == want
+    assert error_of(lambda: futex_wake(buf.addr + 3 * PAGE)) == want
+    assert vram.used == (PAGES - (0 if want else 4)) * PAGE
+    assert intact(buf)
+
+
+def test_the_ways_of_a_device(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    """Faults of a device, its copies to and from device memory, and pins bring home what they need."""
+    buf = out(mm, vram)
+    view = as_bytes(buf)
+    with FaultDriver(mm) as driver:
+        driver.device.read_into(mm, buf.addr + PAGE, view[8 * PAGE : 9 * PAGE])
+        driver.device.write(mm, buf.addr + 2 * PAGE, view[9 * PAGE : 10 * PAGE])
+        assert (view[8 * PAGE], view[2 * PAGE]) == (1, 9)
+        driver.device.page_table.clear(buf.addr, buf.addr + buf.size)
+    assert vram.used == (PAGES - 4) * PAGE
+    dev = pm.Device("d1")
+    with pm.pin_user_pages(mm, buf.addr + 20 * PAGE, 4) as pin:
+        daddrs = pm.gup_range_dma_map(pin, dev)
+        assert dev.dma_read(int(daddrs[1]), 1) == bytes([21])
+        pm.gup_range_dma_unmap(pin, dev)
+    view[8 * PAGE : 9 * PAGE] = bytes([8]) * PAGE
+    view[2 * PAGE : 3 * PAGE] = bytes([2]) * PAGE
+    view.release()
+    assert intact(buf)
+
+
+def test_threads_and_never_touched_pages(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    """Threads that hold the GIL, and threads that do not, among migrations: each sees its own writes."""
+    buf = mm.mmap(256 * PAGE)
+    counts = np.frombuffer(buf, np.uint64)[:: PAGE // 8]
+    done = [0] * 4
+
+    def count(which: int) -> None:
+        for i in range(300):
+            counts[(i * 7 + which) % 64 * 4 + which] += 1
+            done[which] += 1
+
+    threads = [threading.Thread(target=count, args=(which,)) for which in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        pm.migrate_to_device(mm, buf.addr, buf.addr + buf.size, vram)
+    for thread in threads:
+        thread.join()
+    assert [int(counts[which::4].sum()) for which in range(4)] == done == [300] * 4
+
+
+def test_forks_among_threads_that_allocate(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    buf, going = out(mm, vram), threading.Event()
+    kept: list[bytes] = []
+
+    def allocate() -> None:
+        while not going.is_set():
+            kept[:] = [bytes(buf[i * PAGE : i * PAGE + 500]) for i in range(PAGES)]
+
+    threads = [threading.Thread(target=allocate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            pm.migrate_to_device(mm, buf.addr, buf.addr + buf.size, vram)
+            assert in_child(lambda: check(intact(buf))) == 0
+    finally:
+        going.set()
+        for thread in threads:
+            thread.join()
+    assert intact(buf)
+
+
+def check(holds: bool) -> None:
+    assert holds
+
+
+def test_a_signal_handler_may_touch(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    buf, seen = out(mm, vram), []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(buf[5 * PAGE]))
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [5]
+    assert vram.used == (PAGES - 1) * PAGE
+
+
+@inline
+def test_memory_beside_it_is_left_alone(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    """Holes of the heap do not fault: they may be touched where SIGBUS is blocked."""
+    beside = mm.mmap(4 * pm.MiB)
+    middle = beside.addr + 2 * pm.MiB
+    assert pm.migrate_to_device(mm, middle, middle + PAGE, vram) == 1
+    pthread_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGBUS})
+    try:
+        assert ctypes.string_at(middle - PAGE, 1) + ctypes.string_at(middle + PAGE, 1) == b"\0\0"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, pthread_mask)
+    assert mm.stats()["device_filled"] == 0
+    assert vram.used == PAGE
+
+
+START = """
+import ctypes, faulthandler, mmap, os, signal, sys
+import pymirror as pm
+
+def setting():
+    mm = pm.AddressSpace(fault_delivery="inline")
+    buf = mm.mmap(16 * 4096)
+    buf[0] = 1
+    vram = pm.DeviceMemory(pm.Device("d"), 1 << 20)
+    return mm, buf, vram
+
+def out(mm, buf, vram):
+    return pm.migrate_to_device(mm, buf.addr, buf.addr + buf.size, vram)
+
+def touch_beyond_a_file():
+    fd = os.memfd_create("empty")
+    os.ftruncate(fd, 4096)
+    beyond = mmap.mmap(fd, 4096)
+    os.ftruncate(fd, 0)
+    return beyond[0]
+
+"""
+
+
+def run(program: str) -> tuple[int, str]:
+    needs("uffd_events", "move", "pagemap", "sigbus")
+    done = subprocess.run([sys.executable, "-c", START + program], timeout=60, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_an_earlier_handler_gets_what_is_not_ours() -> None:
+    status, said = run(
+        "faulthandler.enable()\n"
+        "mm, buf, vram = setting()\n"
+        "assert out(mm, buf, vram) == 16 and buf[0] == 1\n"
+        "touch_beyond_a_file()\n"
+    )
+    assert status == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in said
+    assert "touch_beyond_a_file" in said
+
+
+def test_without_a_handler_it_is_the_end() -> None:
+    assert run("mm, buf, vram = setting(); out(mm, buf, vram); touch_beyond_a_file()") == (-signal.SIGBUS, "")
+
+
+def test_a_thread_that_blocks_sigbus_is_killed() -> None:
+    program = (
+        "mm, buf, vram = setting(); out(mm, buf, vram)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGBUS})\n"
+        "buf[0]"
+    )
+    assert run(program) == (-signal.SIGBUS, "")
+
+
+def test_a_later_handler_is_refused_with_its_place() -> None:
+    status, said = run(
+        "mm, buf, vram = setting()\n"
+        "assert out(mm, buf, vram) == 16 and buf[0] == 1\n"
+        "faulthandler.enable()\n"
+        "try:\n"
+        "    out(mm, buf, vram)\n"
+        "except pm.MirrorError as refused:\n"
+        "    print(refused, file=sys.stderr)\n"
+        "faulthandler.disable()\n"
+        "assert out(mm, buf, vram) == 1 and buf[0] == 1\n"
+        "vram.close(); mm.close()\n"
+    )
+    assert status == 0, said
+    assert "EBUSY" in said
+    assert "SIGBUS" in said
+    assert "python" in said.split("vma:")[1], "the file that the handler is from"
+
+
+def test_the_process_lives_through_many() -> None:
+    """One address space after the other, each with its own device memory and the same handler."""
+    status, said = run(
+        "for _ in range(20):\n"
+        "    mm, buf, vram = setting()\n"
+        "    assert out(mm, buf, vram) == 16 and buf[0] == 1 and buf[4096] == 0\n"
+        "    mm.close(); vram.close()\n"
+    )
+    assert (status, said) == (0, "")
