@@ -11,7 +11,6 @@ again:  seq = mmu_interval_read_begin()         inside the loop: a sequence that
 from __future__ import annotations
 
 import errno
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +19,20 @@ from typing import TypeVar
 import numpy as np
 
 from ..errors import MirrorError, error
+from ..event import MmuNotifierRange
 from ..lock import DriverLock
 from ..notifier import IntervalNotifier
 from ..pfn import PfnArray
 from ..walk import PAGE_SHIFT, hmm_range_fault
+from .counts import Counts
 
 HMM_RANGE_DEFAULT_TIMEOUT = 1.0
 
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True)
-class RetryStats:
+@dataclass
+class RetryStats(Counts):
     """Counts since the driver was made: loops that were ``begun``, ``done`` and given up at the ``deadline``.
 
     ``busy`` rounds ended with EBUSY while they looked at memory, ``moved`` ones when the lock was taken.
@@ -55,14 +56,19 @@ class RangeRetry:
     Its notifiers name the same lock: ``IntervalNotifier(..., update_lock=lock)``.
     """
 
-    def __init__(self, lock: DriverLock, *, timeout: float = HMM_RANGE_DEFAULT_TIMEOUT) -> None:
-        """EINVAL for a time-out below 0."""
+    def __init__(
+        self,
+        lock: DriverLock,
+        *,
+        timeout: float = HMM_RANGE_DEFAULT_TIMEOUT,
+        stats: RetryStats | None = None,
+    ) -> None:
+        """``stats`` are shared by the loops of a driver that has several locks. EINVAL: time-out below 0."""
         if timeout < 0:
             raise MirrorError(errno.EINVAL, f"RangeRetry: timeout {timeout}", hint="give seconds, 0 or more")
         self.lock = lock
         self.timeout = timeout
-        self.stats = RetryStats()
-        self._counting = threading.Lock()
+        self.stats = RetryStats() if stats is None else stats
 
     def fault(
         self,
@@ -78,8 +84,7 @@ class RangeRetry:
     ) -> PfnArray:
         """hmm_range_fault() over [start, end), then ``program(seq, pfns)`` with the lock held; the pfns.
 
-        Arguments as hmm_range_fault(); ``pfns`` are requests, which every round begins with anew. ``program``
-        answering False means that the sequence has moved after all (PageTable.map()): again. Errors as
+        Arguments as hmm_range_fault(); ``pfns`` are requests, which every round begins with anew. Errors as
         hmm_range_fault() and run(), and what ``program`` raises.
         """
         requests = np.zeros((end - start) >> PAGE_SHIFT, np.uint64) if pfns is None else pfns
@@ -111,15 +116,15 @@ class RangeRetry:
     ) -> _T:
         """The bare loop: ``look(seq)``, then ``program(seq, seen)`` with the lock held; what was seen.
 
-        ``look`` may raise EBUSY: again. What it took, as pins, ``undo(seen)`` gives back before the next
-        round and when ``program`` raises.
+        Either may raise EBUSY, and ``program`` answer False: again. What ``look`` took, as pins,
+        ``undo(seen)`` gives back before the next round, and when ``program`` raises.
 
         EBUSY: ``timeout`` is over, and the interval is being invalidated still or again; ``addr`` is for the
         message. EINVAL: the notifier does not name this lock. ESRCH: it was removed, or the mm is closed.
         EDEADLK in a callback or under a driver lock.
         """
         self._check(sub)
-        self._count("begun")
+        self.stats.add(begun=1)
         deadline = time.monotonic() + self.timeout
         rounds = 0
         while True:
@@ -133,12 +138,12 @@ class RangeRetry:
             except MirrorError as refused:
                 if refused.errno != errno.EBUSY:
                     raise
-                self._count("busy")
+                self.stats.add(busy=1)
                 continue
             if self._program(sub, seq, seen, program, undo):
-                self._count("done")
+                self.stats.add(done=1)
                 return seen
-            self._count("moved")
+            self.stats.add(moved=1)
 
     def _begin(self, sub: IntervalNotifier, timeout: float, rounds: int, addr: int | None) -> int:
         try:
@@ -160,6 +165,9 @@ class RangeRetry:
         try:
             with self.lock:
                 done = not sub.read_retry(seq) and program(seq, seen) is not False
+        except MirrorError as refused:
+            if refused.errno != errno.EBUSY:
+                raise
         finally:
             if not done and undo is not None:
                 undo(seen)
@@ -176,7 +184,7 @@ class RangeRetry:
         )
 
     def _too_late(self, sub: IntervalNotifier, rounds: int, addr: int | None) -> MirrorError:
-        self._count("deadline")
+        self.stats.add(deadline=1)
         return error(
             errno.EBUSY,
             f"{sub!r} was invalidated for {self.timeout} s, in all of {rounds} rounds,",
@@ -185,6 +193,20 @@ class RangeRetry:
             hint="AddressSpace.dump() shows what invalidates it; then go again",
         )
 
-    def _count(self, what: str) -> None:
-        with self._counting:
-            setattr(self.stats, what, getattr(self.stats, what) + 1)
+
+def invalidated(lock: DriverLock, update: MmuNotifierRange, take_off: Callable[[], object]) -> bool:
+    """A callback's work under the driver's lock, for it to return.
+
+    False, and nothing done, where the invalidation is not blockable and the lock would have to be waited for.
+    """
+    if update.blockable:
+        with lock:
+            take_off()
+        return True
+    if not lock.acquire(0):
+        return False
+    try:
+        take_off()
+    finally:
+        lock.release()
+    return True
