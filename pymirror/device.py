@@ -184,11 +184,13 @@ class Device(DmaDevice):
         driver lock. EINVAL: beyond the address space. ESRCH: the mm is closed, or another process's. EXDEV:
         the table has entries of another mm. What was read before an error stands in the buffer.
         """
-        self._access(mm, addr, ffi.from_buffer(buffer, require_writable=True), False)
+        with ffi.from_buffer(buffer, require_writable=True) as memory:
+            self._access(mm, addr, memory, False)
 
     def write(self, mm: AddressSpace, addr: int, data: Buffer) -> None:
         """Write the bytes of a contiguous buffer at addr. Errors as read_into(); what was written stays."""
-        self._access(mm, addr, ffi.from_buffer(data), True)
+        with ffi.from_buffer(data) as memory:
+            self._access(mm, addr, memory, True)
 
     def _access(self, mm: AddressSpace, addr: int, memory: Any, write: bool) -> None:
         what = f"{self.name}: {'write' if write else 'read'}"

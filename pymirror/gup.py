@@ -104,11 +104,13 @@ class PinnedPages(RangeBase):
         buffer's memory is not there. ETIMEDOUT: the kernel does not complete the request. What was read
         before an error stands in the buffer.
         """
-        self._access("read", offset, ffi.from_buffer(buffer, require_writable=True), False)
+        with ffi.from_buffer(buffer, require_writable=True) as memory:
+            self._access("read", offset, memory, False)
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write the bytes of a contiguous buffer at offset. As read_into(); what was written stays."""
-        self._access("write", offset, ffi.from_buffer(data), True)
+        with ffi.from_buffer(data) as memory:
+            self._access("write", offset, memory, True)
 
     def __enter__(self) -> PinnedPages:
         return self

@@ -196,10 +196,14 @@ def hmm_range_fault(
             ret = lib.pm_walk_inout(mm.native, walk)
             span.note(ret=ret)
     if ret < 0:
-        refused = walk_error(mm, walk, ret, what)
-        if refused.errno == errno.EBUSY:
-            note_refusal(sub, seq)
-        raise refused
+        raise _noted(sub, seq, walk_error(mm, walk, ret, what))
+
+
+def _noted(sub: IntervalNotifier, seq: int, refused: MirrorError) -> MirrorError:
+    """Its frame is not in the traceback: there the variable would keep the error, and all frames, alive."""
+    if refused.errno == errno.EBUSY:
+        note_refusal(sub, seq)
+    return refused
 
 
 def check_pfns(what: str, pfns: PfnArray, npages: int) -> None:

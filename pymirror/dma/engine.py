@@ -137,13 +137,13 @@ class DmaEngine:
         StaleDmaError: the driver did not tear a mapping down. EDEADLK in a callback or under a driver lock.
         What was read before an error stands in the buffer.
         """
-        memory = ffi.from_buffer(buffer, require_writable=True)
-        self._dma(daddr, memory, len(memory), False)
+        with ffi.from_buffer(buffer, require_writable=True) as memory:
+            self._dma(daddr, memory, len(memory), False)
 
     def dma_write(self, daddr: int, data: Buffer) -> None:
         """Write a contiguous buffer at daddr. Errors as dma_read_into(); what was written stays."""
-        memory = ffi.from_buffer(data)
-        self._dma(daddr, memory, len(memory), True)
+        with ffi.from_buffer(data) as memory:
+            self._dma(daddr, memory, len(memory), True)
 
     def dma_read_sg(self, segments: Iterable[tuple[int, int]]) -> bytes:
         """Gather: the bytes of ``(daddr, length)`` after ``(daddr, length)``. Errors as dma_read_into()."""
@@ -157,14 +157,15 @@ class DmaEngine:
 
         EINVAL unless the lengths add up to it. Errors as dma_write(), segment by segment.
         """
-        listed, memory = self._segments("dma_write_sg", segments), ffi.from_buffer(data)
-        if sum(length for _, length in listed) != len(memory):
-            raise MirrorError(
-                errno.EINVAL,
-                f"{self.name}: dma_write_sg: the segments are not of {len(memory)} bytes in all",
-                hint="give as many bytes as the scatter list has",
-            )
-        self._dma_sg(listed, memory, True)
+        listed = self._segments("dma_write_sg", segments)
+        with ffi.from_buffer(data) as memory:
+            if sum(length for _, length in listed) != len(memory):
+                raise MirrorError(
+                    errno.EINVAL,
+                    f"{self.name}: dma_write_sg: the segments are not of {len(memory)} bytes in all",
+                    hint="give as many bytes as the scatter list has",
+                )
+            self._dma_sg(listed, memory, True)
 
     def _segments(self, what: str, segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Checked before the first byte moves: no length may lead out of the caller's buffer."""
