@@ -1,7 +1,7 @@
 """What an access was given is the caller's again when it is over, also while its error is alive.
 
-Python 3.11 crashes when it collects a cycle with a memoryview that is exported still, and an error's traceback
-has the frames that had it.
+Python 3.11 crashes when it collects a cycle with a memoryview that is exported still, and an error's
+traceback has the frames that had it.
 """
 
 from __future__ import annotations
