@@ -8,7 +8,6 @@ are the concern of odp.py.
 from __future__ import annotations
 
 import errno
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,6 +40,7 @@ from ..pfn import (
 from ..walk import PAGE_SHIFT
 from .counts import Counts
 from .retry import RangeRetry, RetryStats, invalidated
+from .segments import Segments, dma_segments
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 ODP_READ_ALLOWED = 1 << 0
 ODP_WRITE_ALLOWED = 1 << 1
 ODP_DMA_ADDR_MASK = ~0xFFF & (1 << 64) - 1
-
-Segments = list[tuple[int, int]]
 
 
 @dataclass
@@ -190,16 +188,8 @@ class UmemOdp:
         entries = self.dma_list[first:last].copy()
         if not (entries & allowed).all():
             return None
-        daddrs = entries & np.uint64(ODP_DMA_ADDR_MASK)
-        size = 1 << self.page_shift
-        # Where each run of pages that are next to each other begins; behind an IOMMU there is one.
-        runs = [0, *(np.flatnonzero(np.diff(daddrs) != size) + 1).tolist(), last - first]
-        segments: Segments = []
-        for run, after in itertools.pairwise(runs):
-            begin = max(addr, self.start + (first + run) * size)
-            end = min(addr + n, self.start + (first + after) * size)
-            segments.append((int(daddrs[run]) + (begin - self.start) % size, end - begin))
-        return segments
+        begin = self.start + (first << self.page_shift)
+        return dma_segments(entries & np.uint64(ODP_DMA_ADDR_MASK), begin, addr, n, 1 << self.page_shift)
 
     def _program(self, seq: int, first: int, last: int, pfns: PfnArray) -> int:
         assert self._map is not None
