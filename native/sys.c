@@ -17,6 +17,8 @@
 
 #include "internal.h"
 
+enum { MAPPED_ALONE = 32 << 20 }; /* bytes: the largest threshold that malloc gives itself */
+
 /* Without a lock, so that it works between a fork and an exec and under any lock. */
 static struct {
     atomic_int armed; /* released last, so that who sees it sees the rest */
@@ -317,14 +319,31 @@ int pm_sys_io_uring_enter(int fd, unsigned submit, unsigned wait, unsigned flags
     return err ? err : (int)result(syscall(SYS_io_uring_enter, fd, submit, wait, flags, arg, len));
 }
 
+/*
+ * A page of malloc's that nobody has touched is a hole, and holes fault from when memory in the same 2 MiB
+ * went to a device. Then who touches it under the device lock waits for who needs the lock to serve that
+ * fault. So there are no such pages; what is larger malloc maps by itself.
+ */
+static void *touched(void *mem, size_t len)
+{
+    volatile char *at = mem;
+
+    if (!mem || !len || len >= MAPPED_ALONE)
+        return mem;
+    for (size_t i = 0; i < len; i += PM_PAGE_SIZE)
+        at[i] = 0;
+    at[len - 1] = 0;
+    return mem;
+}
+
 void *pm_sys_calloc(size_t n, size_t size)
 {
-    return enter(PM_SYS_MALLOC) ? NULL : calloc(n, size);
+    return enter(PM_SYS_MALLOC) ? NULL : touched(calloc(n, size), n * size);
 }
 
 void *pm_sys_malloc(size_t size)
 {
-    return enter(PM_SYS_MALLOC) ? NULL : malloc(size);
+    return enter(PM_SYS_MALLOC) ? NULL : touched(malloc(size), size);
 }
 
 void pm_sys_name_thread(const char *name)

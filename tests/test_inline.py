@@ -187,6 +187,33 @@ def test_memory_beside_it_is_left_alone(mm: pm.AddressSpace, vram: pm.DeviceMemo
     assert vram.used == PAGE
 
 
+@pytest.mark.parametrize("delivery", ["thread", "inline"])
+def test_memory_of_mallocs_beside_what_the_shim_allocates(delivery: str) -> None:
+    """Its own memory is in the heap too, beside an array that was adopted, and is touched with locks held."""
+    needs("uffd_events", "move", "pagemap", "uffd_kernel" if delivery == "thread" else "sigbus")
+    program = (
+        "import numpy as np, pymirror as pm\n"
+        "big = np.ones(30 << 20, np.uint8); del big  # from here on malloc takes such arrays from the heap\n"
+        f"mm = pm.AddressSpace(fault_delivery={delivery!r})\n"
+        "array = np.ones(3 << 20, np.uint8)\n"
+        "own, vram = mm.adopt(array), pm.DeviceMemory(pm.Device('d'), 64 << 20)\n"
+        "assert pm.migrate_to_device(mm, own.addr, own.addr + own.size, vram) == own.size >> 12\n"
+        "dev, buf = pm.Device('e'), mm.mmap(64 << 20)\n"
+        "with pm.Mirror(mm) as mirror:\n"
+        "    for addr in range(buf.addr, buf.addr + buf.size, 2 << 20):\n"
+        "        with mirror.range(addr, addr + 4096) as rng:\n"
+        "            rng.default_flags = pm.HMM_PFN_REQ_FAULT\n"
+        "            rng.wait_until_valid(timeout=5.0)\n"
+        "            assert dev.page_table.map(rng, rng.fault())\n"
+        "dev.page_table.clear(0, 1 << 47)\n"
+        "vram.close()\n"
+        "assert array.all()\n"
+        "own.close(); mm.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 START = """
 import ctypes, faulthandler, mmap, os, signal, sys
 import pymirror as pm
