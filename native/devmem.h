@@ -86,8 +86,8 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
 /* The same for callers without the lock, that wait until events are read: 0 or an errno. */
 int pm_home_all(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only,
                 uint64_t *moved);
-/* The same for any device memory, and drivers are told as of a CPU fault. Device writes under way in [start,
- * end) are waited for, without the lock; 0 when none is there. */
+/* The same for any device memory, and drivers are told as of a CPU fault. With inline delivery device writes
+ * under way in [start, end) are waited for, without the lock; 0 when none is there. */
 int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* A CPU fault in a range where holes fault: 0, or what the kernel refuses it with. */
 int pm_home_fault(struct pm_mm *mm, uint64_t addr);

@@ -138,6 +138,20 @@ static void span_around(struct pm_mm *mm, uint64_t addr, uint64_t *start, uint64
     *end = *start + around;
 }
 
+/* Other threads' device writes to what is to come home. The monitor has waited for all, and must not again:
+ * one may wait for it to fault in what it writes from. */
+static void drain_inline(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    uint64_t n, until = pm_now_ns() + drain_limit_ns;
+
+    if (!mm->inline_faults)
+        return;
+    for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += n << PM_PAGE_SHIFT) {
+        n = pm_resident_run(mm->devices, addr, end);
+        pm_drain_writes(mm, addr, addr + (n << PM_PAGE_SHIFT) - 1, until);
+    }
+}
+
 int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_event event = {.start = start, .end = end, .type = PM_CLEAR, .guarantee = PM_BEFORE};
@@ -145,7 +159,7 @@ int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end)
     uint64_t first = start;
     int64_t got;
 
-    pm_drain_writes(mm, start, end - 1, pm_now_ns() + drain_limit_ns);
+    drain_inline(mm, start, end);
     if (!pm_resident_next(mm->devices, &first, end))
         return 0;
     event.seq = pm_inv_open(mm, &inv, start, end - 1, PM_CLEAR, PM_BEFORE);
