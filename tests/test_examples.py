@@ -69,3 +69,16 @@ def test_both_sides_of_the_series_loop_agree(example: str) -> None:
     pairs = re.findall(r"([\d,]+) == ([\d,]+)", output(example))
     assert len(pairs) == 2
     assert all(device == cpu for device, cpu in pairs)
+
+
+def test_the_stale_read_is_shown_and_cured() -> None:
+    needs("io_uring")
+    seen = re.findall(r"reads (b'\w+.?')( - STALE| - as the CPU does)", output("stale_registration.py"))
+    assert seen == [("b'first!'", " - STALE"), ("b'second'", " - as the CPU does")]
+
+
+def test_the_mistakes_of_a_retry_loop_are_named() -> None:
+    text = output("retry_mistakes.py")
+    assert re.search(r"RuntimeWarning: stale sequence: .* read_begin\(\) inside the retry loop", text)
+    assert re.search(r"EPERM: read_retry of .* without 'driver->update'", text)
+    assert "through an entry that its callback did not clear" in text
