@@ -1,7 +1,11 @@
-"""The floors: C programs of floor/ compiled with the shim's flags, children that do a round on request."""
+"""The floors: C programs of floor/ compiled with the shim's flags, children that do a round on request.
+
+And timed.c, the loops that our side has timed in C, as a library.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shlex
@@ -35,10 +39,25 @@ def shim_flags() -> tuple[str, ...]:
 @cache
 def build(name: str) -> Path:
     """The program, compiled anew: it takes a tenth of a second, and is then never out of date."""
+    return _compile(SOURCES / f"{name}.c", name)
+
+
+@cache
+def timed() -> ctypes.CDLL:
+    """The loops of timed.c. What they return is 64 bits wide, addresses are ints."""
+    library = ctypes.CDLL(str(_compile(ROOT / "benchmarks" / "timed.c", "timed.so", "-shared", "-fPIC")))
+    word = ctypes.c_uint64
+    for name, arguments in (("touches", 3), ("copy", 4), ("removes", 2)):
+        function = getattr(library, f"timed_{name}")
+        function.restype, function.argtypes = word, [word] * arguments
+    return library
+
+
+def _compile(source: Path, name: str, *options: str) -> Path:
     OUT.mkdir(parents=True, exist_ok=True)
     program = OUT / f"{name}.{os.getpid()}"
-    command = [*shlex.split(os.environ.get("CC", "cc")), *shim_flags(), "-Werror"]
-    command += [f"-I{ROOT / 'native'}", "-o", str(program), str(SOURCES / f"{name}.c")]
+    command = [*shlex.split(os.environ.get("CC", "cc")), *shim_flags(), "-Werror", *options]
+    command += [f"-I{ROOT / 'native'}", "-o", str(program), str(source)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise FloorError(f"{shlex.join(command)}\n{done.stderr}")

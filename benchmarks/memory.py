@@ -27,8 +27,8 @@ def expect(right: bool, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class Small:
-    """[start, end) is in 4 KiB pages and begins on a 2 MiB boundary, inside a Region a little larger."""
+class Aligned:
+    """[start, end) begins on a 2 MiB boundary, inside a Region a little larger."""
 
     region: pm.Region
     start: int
@@ -40,15 +40,25 @@ class Small:
         return np.frombuffer(self.region, np.uint8)[first : first + self.end - self.start]
 
 
-def small_pages(mm: pm.AddressSpace, size: int) -> Small:
+def small_pages(mm: pm.AddressSpace, size: int) -> Aligned:
+    """Memory in 4 KiB pages, untouched."""
+    return _aligned(mm, size, MADV_NOHUGEPAGE)
+
+
+def huge_pages(mm: pm.AddressSpace, size: int) -> Aligned:
+    """The same, in huge pages where it is touched."""
+    return _aligned(mm, size, mmap.MADV_HUGEPAGE)
+
+
+def _aligned(mm: pm.AddressSpace, size: int, advice: int) -> Aligned:
     region = mm.mmap(size + HUGE_PAGE)
     start = region.addr + -region.addr % HUGE_PAGE
-    mm.madvise(start, size, MADV_NOHUGEPAGE)
-    return Small(region, start, start + size)
+    mm.madvise(start, size, advice)
+    return Aligned(region, start, start + size)
 
 
 @contextmanager
-def mirrored(size: int) -> Iterator[tuple[Small, pm.Range]]:
+def mirrored(size: int) -> Iterator[tuple[Aligned, pm.Range]]:
     """Touched memory in an address space of its own, and a range over it that asks for write access."""
     with ExitStack() as stack:
         mm = stack.enter_context(pm.AddressSpace())
