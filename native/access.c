@@ -9,6 +9,7 @@
 #include <errno.h>
 
 #include "access.h"
+#include "devmem.h"
 #include "inline.h"
 #include "table.h"
 
@@ -30,7 +31,15 @@ static uint32_t fault_of(const struct pm_mm *mm, uint64_t entry, bool write)
     return pm_seq_undelivered(mm, entry & PM_ENTRY_SEQ_MASK) ? PM_FAULT_FENCED : PM_FAULT_STALE;
 }
 
-/* With the device lock held: how much of the span is served; the fault when that is nothing. */
+/* Where the page of a usable entry is in this process. */
+static uint64_t place_of(uint64_t entry, uint64_t page)
+{
+    return entry & PM_PFN_DEVICE ? pm_pfn_slot(entry) : page;
+}
+
+/*
+ * With the device lock held: how much of the span is served, in one piece; the fault when that is nothing.
+ */
 static void look_up(struct pm_access_span *span, struct pm_access_why *fault)
 {
     uint64_t page = pm_page_down(span->addr), end = span->addr + span->len;
@@ -40,7 +49,9 @@ static void look_up(struct pm_access_span *span, struct pm_access_why *fault)
 
         span->entry[i] = span->entry_at(span, page);
         why = fault_of(span->mm, span->entry[i], span->write);
-        if (why == PM_FAULT_NONE)
+        if (why == PM_FAULT_NONE && i == 0)
+            span->at = place_of(span->entry[0], page) + span->addr % PM_PAGE_SIZE;
+        if (why == PM_FAULT_NONE && place_of(span->entry[i], page) == page - span->addr + span->at)
             continue;
         if (i == 0) {
             fault_at(fault, page, page + PM_PAGE_SIZE, why);
@@ -85,7 +96,7 @@ static void withdraw(struct pm_access_span *span)
 
 /* Narrow the span to the pages whose PFNs are those programmed: the first other one is a change nobody told
  * of. */
-static int check_pages(struct pm_access_span *span, struct pm_access_why *fault)
+static int check_system_pages(struct pm_access_span *span, struct pm_access_why *fault)
 {
     uint64_t seen[PM_ACCESS_PAGES];
     uint64_t first = pm_page_down(span->addr);
@@ -114,6 +125,15 @@ static int check_pages(struct pm_access_span *span, struct pm_access_why *fault)
     return -EFAULT;
 }
 
+/* Pages do not change unseen in device memory. */
+static int check_pages(struct pm_access_span *span, struct pm_access_why *fault)
+{
+    if (span->at == span->addr)
+        return check_system_pages(span, fault);
+    pm_devmem_fill(span->mm, span->at, span->len);
+    return 0;
+}
+
 /* The kernel does not say which side of a copy it was. */
 static bool buffer_gone(const struct pm_access_span *span, const char *buf)
 {
@@ -131,8 +151,8 @@ static int64_t copy(struct pm_access_span *span, struct pm_access_why *fault, ch
     ssize_t n;
 
     do
-        n = span->write ? pm_sys_vm_writev(buf, span->addr, span->len)
-                        : pm_sys_vm_readv(buf, span->addr, span->len);
+        n = span->write ? pm_sys_vm_writev(buf, span->at, span->len)
+                        : pm_sys_vm_readv(buf, span->at, span->len);
     while (pm_inline_again(n, addr, addr + span->len, &tries));
     if (n == -EINTR)
         return 0;
@@ -185,6 +205,33 @@ int64_t pm_access_span_do(struct pm_access_span *span, struct pm_access_why *fau
     return 0;
 }
 
+int pm_access_span_with(struct pm_access_span *span, struct pm_access_why *fault,
+                        int (*work)(struct pm_access_span *span, void *arg), void *arg)
+{
+    struct pm_mm *mm = span->mm;
+    int err;
+
+    pm_lock(mm);
+    let_drains_by(mm);
+    look_up(span, fault);
+    if (span->len && span->at == span->addr) {
+        fault_at(fault, pm_page_down(span->addr), pm_page_down(span->addr) + PM_PAGE_SIZE, PM_FAULT_ATOMIC);
+        span->len = 0;
+    }
+    if (span->len)
+        announce(span);
+    pm_unlock(mm);
+    if (!span->len)
+        return -EFAULT;
+    pm_point(PM_POINT_ACCESS_LOOKED_UP);
+    pm_devmem_fill(mm, span->at, span->len);
+    err = work(span, arg);
+    pm_lock(mm);
+    withdraw(span);
+    pm_unlock(mm);
+    return err;
+}
+
 int pm_access_span_look(struct pm_access_span *span, struct pm_access_why *fault)
 {
     pm_lock(span->mm);
@@ -207,7 +254,7 @@ uint64_t pm_access_span_len(uint64_t addr, uint64_t len)
     return pm_min(len, PM_ACCESS_PAGES * PM_PAGE_SIZE - addr % PM_PAGE_SIZE);
 }
 
-static uint64_t table_entry(const struct pm_access_span *span, uint64_t addr)
+uint64_t pm_table_entry(const struct pm_access_span *span, uint64_t addr)
 {
     struct pm_table *table = span->from;
     struct pm_leaf *leaf = pm_table_of(table, span->mm) ? pm_table_leaf(table, addr) : NULL;
@@ -227,7 +274,7 @@ static void tell(struct pm_access *access, const struct pm_access_why *fault)
 static int access_all(struct pm_table *table, struct pm_mm *mm, struct pm_access *access)
 {
     struct pm_access_span span = {
-        .mm = mm, .from = table, .entry_at = table_entry, .write = access->write != 0};
+        .mm = mm, .from = table, .entry_at = pm_table_entry, .write = access->write != 0};
     struct pm_access_why fault = {0};
     int64_t n = 0;
 

@@ -32,6 +32,13 @@ struct pm_devmem *pm_devmem_of(struct pm_devices *devices, uint64_t slot)
     return vram;
 }
 
+uint64_t pm_slot_pfn(struct pm_devices *devices, uint64_t slot)
+{
+    uint64_t kind = pm_devmem_of(devices, slot)->exclusive ? PM_PFN_EXCLUSIVE : 0;
+
+    return PM_PFN_DEVICE | kind | slot >> PM_PAGE_SHIFT;
+}
+
 bool pm_devmem_full(struct pm_devices *devices, uint64_t slot)
 {
     const struct pm_devmem *vram = pm_devmem_of(devices, slot);
@@ -80,7 +87,7 @@ uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n)
     return block == vram->nblocks ? 0 : vram->base + block * PM_HUGE_SIZE + (place << PM_PAGE_SHIFT);
 }
 
-int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n)
+int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable)
 {
     struct pm_devices *devices = vram->mm->devices;
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
@@ -91,7 +98,7 @@ int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_
     if (!entry || !block->back)
         return -ENOMEM;
     for (uint64_t i = 0; i < n; i++) {
-        entry[i] = (slot + (i << PM_PAGE_SHIFT)) | PM_RESIDENT;
+        entry[i] = (slot + (i << PM_PAGE_SHIFT)) | PM_RESIDENT | (writable[i] ? PM_RESIDENT_WRITE : 0);
         block->back[place_of(slot) + i] = addr + (i << PM_PAGE_SHIFT);
     }
     block->used += n;
@@ -103,7 +110,7 @@ int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_
 
 static void forget_page(struct pm_devices *devices, uint64_t addr)
 {
-    uint64_t *entry = pm_resident_at(devices, addr, false), slot = *entry & ~PM_RESIDENT;
+    uint64_t *entry = pm_resident_at(devices, addr, false), slot = pm_page_down(*entry);
     struct pm_devmem *vram = pm_devmem_of(devices, slot);
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
 
@@ -146,7 +153,7 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
     for (uint64_t addr = from; pm_resident_next(devices, &addr, from + len); addr += PM_PAGE_SIZE) {
         uint64_t *old = pm_resident_at(devices, addr, false);
         uint64_t *entry = pm_resident_at(devices, addr - from + to, true);
-        uint64_t slot = *old & ~PM_RESIDENT;
+        uint64_t slot = pm_page_down(*old);
         struct pm_devmem *vram = pm_devmem_of(devices, slot);
 
         if (!entry)
@@ -154,6 +161,24 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
         *entry = *old;
         *old = 0;
         vram->blocks[block_of(vram, slot)].back[place_of(slot)] = addr - from + to;
+    }
+}
+
+static void fill(struct pm_mm *mm, uint64_t at, uint64_t end)
+{
+    struct uffdio_zeropage zero = {.range = {at, end - at}};
+
+    pm_sys_ioctl(mm->arena_fd, UFFDIO_ZEROPAGE, &zero);
+}
+
+void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len)
+{
+    uint64_t addr = pm_page_down(at), end = pm_page_up(at + len), seen;
+
+    for (; addr < end; addr += PM_PAGE_SIZE) {
+        if (pm_pagemap_read(mm, addr, 1, &seen) == 0 &&
+            !(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
+            fill(mm, addr, addr + PM_PAGE_SIZE);
     }
 }
 
@@ -231,13 +256,14 @@ static int map_arena(struct pm_devmem *vram)
     return err;
 }
 
-static int make(struct pm_mm *mm, uint64_t size, pm_devmem **ret)
+static int make(struct pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret)
 {
     struct pm_devmem *vram = pm_sys_calloc(1, sizeof(*vram));
     int err = vram ? open_devices(mm) : -ENOMEM;
 
     if (!err) {
         vram->mm = mm;
+        vram->owner = owner;
         vram->limit = size >> PM_PAGE_SHIFT;
         vram->nblocks = pm_min(vram->limit, arena_max / PM_HUGE_SIZE);
         vram->nblocks = pm_max(vram->nblocks, (size + PM_HUGE_SIZE - 1) / PM_HUGE_SIZE);
@@ -259,7 +285,7 @@ static int make(struct pm_mm *mm, uint64_t size, pm_devmem **ret)
     return 0;
 }
 
-int pm_devmem_create(pm_mm *mm, uint64_t size, pm_devmem **ret)
+int pm_devmem_create(pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret)
 {
     int err;
 
@@ -271,7 +297,7 @@ int pm_devmem_create(pm_mm *mm, uint64_t size, pm_devmem **ret)
     if (err)
         return err;
     pthread_mutex_lock(&mm->watch_lock);
-    err = make(mm, size, ret);
+    err = make(mm, size, owner, ret);
     pthread_mutex_unlock(&mm->watch_lock);
     pm_mm_exit(mm);
     return err;
@@ -333,6 +359,8 @@ int pm_devmem_destroy(pm_devmem *vram)
     for (link = &mm->devices->list; *link != vram; link = &(*link)->next)
         continue;
     *link = vram->next;
+    if (vram->exclusive)
+        mm->devices->exclusive = NULL;
     if (!mm->devices->list) {
         pool = mm->devices->pool;
         pm_pool_set(mm->devices, 0);
@@ -345,6 +373,51 @@ int pm_devmem_destroy(pm_devmem *vram)
     free(vram);
     pm_mm_put(mm);
     return 0;
+}
+
+static int populate_slot(struct pm_mm *mm, uint64_t slot)
+{
+    static const char zeroes[PM_PAGE_SIZE] __attribute__((aligned(4096)));
+    struct uffdio_copy copy = {.dst = slot, .src = (uintptr_t)zeroes, .len = PM_PAGE_SIZE};
+    uint64_t seen;
+    int err = pm_pagemap_read(mm, slot, 1, &seen);
+
+    if (err || (seen & PM_ABI_PAGEMAP_EXCLUSIVE))
+        return err;
+    if (!(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
+        return pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
+    /* The zero page: a write makes it one of its own. */
+    return pm_sys_vm_writev(zeroes, slot, 1) == 1 ? 0 : -ENOMEM;
+}
+
+static int populate_run(struct pm_mm *mm, uint64_t slot, uint64_t n)
+{
+    int err = 0;
+
+    for (uint64_t i = 0; !err && i < n; i++)
+        err = populate_slot(mm, slot + (i << PM_PAGE_SHIFT));
+    return err;
+}
+
+int pm_devmem_populate(pm_devmem *vram, uint64_t start, uint64_t end)
+{
+    struct pm_mm *mm = vram->mm;
+    int err = pm_is_interval(start, end) ? pm_mm_enter(mm) : -EINVAL;
+
+    if (err)
+        return err;
+    pm_lock(mm);
+    for (uint64_t addr = start, n; !err && pm_resident_next(mm->devices, &addr, end);
+         addr += n << PM_PAGE_SHIFT) {
+        uint64_t slot = pm_resident(mm->devices, addr);
+
+        n = pm_resident_run(mm->devices, addr, end);
+        if (pm_devmem_of(mm->devices, slot) == vram)
+            err = populate_run(mm, slot, n);
+    }
+    pm_unlock(mm);
+    pm_mm_exit(mm);
+    return err;
 }
 
 int pm_devmem_stats(pm_mm *mm, struct pm_devmem_stats *ret)

@@ -9,7 +9,18 @@
 
 #include "internal.h"
 
+/* An entry of the tree: the address of the slot, and these. */
 #define PM_RESIDENT 1ULL
+#define PM_RESIDENT_WRITE 2ULL /* the CPU's mapping of the page was writable, and is to be so again */
+
+/* PFNs of device memory stand above those of any RAM: this bit, and the number of the slot's page. */
+#define PM_PFN_DEVICE (1ULL << 51)
+#define PM_PFN_EXCLUSIVE (1ULL << 50) /* ... and memory that a device has exclusive access to */
+
+static inline uint64_t pm_pfn_slot(uint64_t pfn)
+{
+    return (pfn & (PM_PFN_EXCLUSIVE - 1)) << PM_PAGE_SHIFT;
+}
 
 struct pm_block {
     uint64_t *back; /* the address of each slot's page, 0: free; NULL while the block is unused */
@@ -25,6 +36,8 @@ struct pm_block {
 struct pm_devmem {
     struct pm_devmem *next;
     struct pm_mm *mm;
+    uint64_t owner; /* as events and walks name it */
+    bool exclusive; /* no memory of a device's own: pages are here while a device has them to itself */
     uint64_t base, nblocks;
     uint64_t limit, used; /* pages */
     uint64_t clock, hint;
@@ -33,10 +46,12 @@ struct pm_devmem {
 
 struct pm_devices {
     struct pm_devmem *list;
+    struct pm_devmem *exclusive; /* the one of the list that is */
     uint64_t pool, pool_used; /* pages for nodes, of a reservation of their own: the monitor takes some too */
     uint64_t *pool_free;
     uint64_t *top;
     uint64_t around; /* bytes that a CPU fault brings home */
+    bool minor;      /* memory of files has left: its holes are the file's pages */
     struct pm_devmem_stats stats;
 };
 
@@ -47,37 +62,67 @@ void pm_pool_set(struct pm_devices *devices, uint64_t pool);
 void pm_pool_unmap(uint64_t pool);
 uint64_t *pm_node_new(struct pm_devices *devices); /* a zeroed page, or NULL */
 void pm_node_free(struct pm_devices *devices, uint64_t *node);
-/* The entry of a page: the address of its slot | PM_RESIDENT, or 0. NULL: none, or with `grow` no memory. */
+/* The entry of a page, 0: at home. NULL: none, or with `grow` no memory. */
 uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow);
 static inline uint64_t pm_resident(struct pm_devices *devices, uint64_t addr)
 {
     uint64_t *entry = pm_resident_at(devices, addr, false);
 
-    return entry ? *entry & ~PM_RESIDENT : 0;
+    return entry ? pm_page_down(*entry) : 0;
 }
 /* The first resident page at or after *addr and before end. */
 bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end);
-/* How many pages from addr on, before end, have slots in a row. */
+/* How many pages from addr on, before end, have slots in a row, and the same bits. */
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end);
+/*
+ * What a walk of that owner reads for pages of its own that are in device memory; `keep`: bits that they may
+ * have. Takes the lock. True if there was one.
+ */
+bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t n, uint64_t keep,
+                      uint64_t *pfns);
+/* Entries of the pagemap, with resident pages as present. */
+void pm_resident_present(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *pagemap);
+/* Resident pages of [start, end) are read-only from here on, at home too. */
+void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end);
 
 /* devmem.c */
 struct pm_devmem *pm_devmem_of(struct pm_devices *devices, uint64_t slot);
 /* A slot for each of n pages of one 2 MiB range, in a row: the address of the first, or 0. */
 uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n);
 bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
-/* Pages that are in their slots. -ENOMEM: none is noted. */
-int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n);
+/* Pages that are in their slots, and for each whether it was writable. -ENOMEM: none is noted. */
+int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable);
+uint64_t pm_slot_pfn(struct pm_devices *devices, uint64_t slot);
 /* Pages that are in their slots no more. */
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n);
 /* ... and whose contents go. */
 void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end);
 void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len);
+/* Slots that no page was ever in become pages of zeroes: a device is about to use them. Without the lock. */
+void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len);
 
-/* migrate.c */
+/* migrate.c: with watch_lock held; pages that moved, from start on */
+int pm_move_out(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
 bool pm_is_interval(uint64_t start, uint64_t end); /* whole pages of user memory */
 void pm_doze(void);
 /* UFFDIO_MOVE: bytes moved, from the start on, or an errno when that is none. */
-int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len);
+int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len, uint64_t mode);
+
+/* Take the lock at a moment at which no fork and no madvise is half done, and every event has been read. */
+int pm_lock_quiet(struct pm_mm *mm, uint64_t start, uint64_t end);
+
+/* lift.c: n pages of one 2 MiB range, as the pagemap has just shown them. */
+struct pm_lift {
+    uint64_t addr, n;
+    const uint64_t *seen;
+    const bool *writable;
+};
+
+int pm_lift(struct pm_devmem *vram, const struct pm_lift *lift);
+bool pm_lifting(const struct pm_mm *mm, uint64_t start, uint64_t end);
+struct uffd_msg;
+bool pm_lift_claims(const struct pm_mm *mm, const struct uffd_msg *msg);
+bool pm_memory_locked(void);
 
 /* home.c */
 /* Bring home the pages in `only`, NULL: in any device memory: how many, -EAGAIN while an event is unread, or
@@ -89,6 +134,8 @@ int pm_home_all(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
 /* The same for any device memory, and drivers are told as of a CPU fault. With inline delivery device writes
  * under way in [start, end) are waited for, without the lock; 0 when none is there. */
 int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end);
+/* What a device or the kernel is about to fault comes home at once, as a CPU fault would bring it. */
+void pm_home_touch(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* A CPU fault in a range where holes fault: 0, or what the kernel refuses it with. */
 int pm_home_fault(struct pm_mm *mm, uint64_t addr);
 /* The monitor's: what is on a device is to be in the child, too. */

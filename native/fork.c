@@ -9,10 +9,26 @@
  * and pins alive, and its contexts are dead.
  */
 #include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "devmem.h"
 
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
+
+/*
+ * Pages in device memory are copied into the child by the monitor, while fork() goes on. What the child does
+ * to its memory in the meantime, an mremap for one, would race with that: so it waits. A page shared with
+ * the child, 0 without device pages; parent_pid is the parent's.
+ */
+static uint64_t copied_page;
+static pid_t parent_pid;
+
+static atomic_uint *copied(void)
+{
+    return (atomic_uint *)(uintptr_t)copied_page;
+}
 
 static void open_piece(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
@@ -28,10 +44,40 @@ static void open_piece(struct pm_mm *mm, uint64_t start, uint64_t end)
     pm_queue_push(mm, &event);
 }
 
+/* Nothing leaves any more: fork_tid is set. */
+static void prepare_devices(struct pm_mm *mm)
+{
+    const int flags = MAP_SHARED | MAP_ANONYMOUS;
+    uint64_t moved = 0;
+    bool any;
+
+    if (!mm->devices)
+        return;
+    pm_lock(mm);
+    while (pm_lifting(mm, 0, PM_USER_END)) {
+        pm_unlock(mm);
+        pm_doze();
+        pm_lock(mm);
+    }
+    any = mm->devices->stats.resident != 0;
+    pm_unlock(mm);
+    if (!any)
+        return;
+    if (!copied_page && pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
+        pm_sys_mmap(0, PM_PAGE_SIZE, PROT_READ | PROT_WRITE, flags, -1, 0, &copied_page);
+    /* Without the kernel's message nobody could copy. */
+    if (!copied_page || !pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
+        pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
+    else if (mm->devices->exclusive)
+        pm_home_all(mm, 0, PM_USER_END, mm->devices->exclusive, &moved);
+    pm_lock(mm);
+    pm_resident_protect(mm, 0, PM_USER_END);
+    pm_unlock(mm);
+}
+
 static void prepare_mm(struct pm_mm *mm)
 {
     struct pm_watch_range shared[PM_FORK_PIECES - 1];
-    uint64_t moved = 0;
     uint32_t n;
 
     /* Until the fork is over, so that a close waits for it. */
@@ -46,11 +92,7 @@ static void prepare_mm(struct pm_mm *mm)
     mm->stats.events[PM_PROTECTION_PAGE]++;
     pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     pm_unlock(mm);
-    /*
-     * Nothing leaves any more, so a child finds all there. Copying into it at the kernel's message, as for
-     * the child of a raw clone, would race with what it does first.
-     */
-    pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
+    prepare_devices(mm);
 }
 
 static void parent_mm(struct pm_mm *mm)
@@ -89,9 +131,17 @@ static void child_mm(struct pm_mm *mm)
 static void prepare(void)
 {
     pm_registry_lock();
+    parent_pid = getpid();
     for (struct pm_mm *mm = pm_registry_list(); mm; mm = mm->next)
         prepare_mm(mm);
     pm_point(PM_POINT_FORK_PREPARE);
+}
+
+static void forget_copied(void)
+{
+    if (copied_page)
+        pm_sys_munmap(copied_page, PM_PAGE_SIZE);
+    copied_page = 0;
 }
 
 static void parent(void)
@@ -99,11 +149,30 @@ static void parent(void)
     pm_point(PM_POINT_FORK_PARENT);
     for (struct pm_mm *mm = pm_registry_list(); mm; mm = mm->next)
         parent_mm(mm);
+    /* The monitor copies under the device lock, and each of these has been taken since. */
+    if (copied_page)
+        atomic_store(copied(), 1);
+    forget_copied();
     pm_registry_unlock();
+}
+
+static void wait_until_copied(void)
+{
+    static const char lost[] = "pymirror: the parent died in fork(), and memory of this child with it\n";
+
+    while (copied_page && !atomic_load(copied())) {
+        if (getppid() != parent_pid) {
+            pm_sys_write(STDERR_FILENO, lost, sizeof(lost) - 1);
+            _exit(127);
+        }
+        nanosleep(&(struct timespec){.tv_nsec = 50 * 1000}, NULL);
+    }
+    forget_copied();
 }
 
 static void child(void)
 {
+    wait_until_copied();
     for (struct pm_mm *mm = pm_registry_list(); mm; mm = mm->next)
         child_mm(mm);
     pm_registry_reset();

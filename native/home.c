@@ -5,10 +5,12 @@
  * What is noted and what is true change in one hold of the device lock; see migrate.c.
  */
 #include <errno.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 
 #include "devmem.h"
+#include "pagemap.h"
 
 enum { AGAIN_LIMIT = 64 };
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
@@ -17,7 +19,8 @@ static const uint64_t home_limit_ns = 5000ULL * 1000 * 1000;
 /* Where UFFDIO_MOVE may not: the vma is read-only by now, or locked, or the slot is looked at. */
 static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot)
 {
-    struct uffdio_copy copy = {.dst = addr, .src = slot, .len = PM_PAGE_SIZE};
+    struct uffdio_copy copy = {
+        .dst = addr, .src = slot, .len = PM_PAGE_SIZE, .mode = UFFDIO_COPY_MODE_DONTWAKE};
     uint64_t seen;
     int err = pm_pagemap_read(mm, slot, 1, &seen);
 
@@ -35,24 +38,43 @@ static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot)
     return PM_PAGE_SIZE;
 }
 
+/*
+ * Pages that were read-only on their device are mapped so at home: protected, which the first write ends.
+ * What is read-only by its vma needs no more.
+ */
+static void keep_readonly(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_vma vma;
+
+    if (pm_vma_query(mm, start, &vma) == 0 && vma.start <= start && (vma.flags & PM_VMA_WRITE))
+        pm_watch_protect(mm, start, end);
+}
+
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only)
 {
     struct pm_devices *devices = mm->devices;
     int64_t total = 0, got;
 
+    if (pm_lifting(mm, start, end))
+        return -EAGAIN;
     for (uint64_t addr = start; pm_resident_next(devices, &addr, end); addr += (uint64_t)got) {
-        uint64_t slot = pm_resident(devices, addr);
+        uint64_t entry = *pm_resident_at(devices, addr, false), slot = pm_page_down(entry);
         uint64_t limit = pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
 
         got = PM_PAGE_SIZE;
         if (only && pm_devmem_of(devices, slot) != only)
             continue;
-        got = pm_move_pages(mm->uffd, addr, slot, pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT);
+        got = pm_move_pages(mm->uffd, addr, slot, pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT,
+                            PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
         if (got < 0 && got != -EAGAIN)
             got = copy_home(mm, addr, slot);
         if (got < 0)
             return got;
+        if (!(entry & PM_RESIDENT_WRITE))
+            keep_readonly(mm, addr, addr + (uint64_t)got);
         pm_devmem_forget(mm, addr, (uint64_t)got >> PM_PAGE_SHIFT);
+        if (!mm->inline_faults)
+            pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){addr, (uint64_t)got});
         devices->stats.to_system += (uint64_t)got >> PM_PAGE_SHIFT;
         total += got >> PM_PAGE_SHIFT;
     }
@@ -116,17 +138,10 @@ int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devme
 /* A huge page that comes home in pieces would be split. */
 static bool in_huge_page(struct pm_mm *mm, uint64_t addr)
 {
-    uint64_t slot = pm_resident(mm->devices, addr), first = slot & ~(PM_HUGE_SIZE - 1);
-    uint64_t pfn[2];
+    uint64_t slot = pm_resident(mm->devices, addr);
 
-    if (!pm_have(mm, PM_FEAT_PFN) || (addr - slot) % PM_HUGE_SIZE || !pm_devmem_full(mm->devices, slot))
-        return false;
-    for (int i = 0; i < 2; i++) {
-        if (pm_pagemap_read(mm, first + (uint64_t)i * (PM_HUGE_SIZE - PM_PAGE_SIZE), 1, &pfn[i]))
-            return false;
-        pfn[i] &= PM_ABI_PAGEMAP_PFN_MASK;
-    }
-    return pfn[0] && pfn[0] % PM_HUGE_PAGES == 0 && pfn[1] == pfn[0] + PM_HUGE_PAGES - 1;
+    return (addr - slot) % PM_HUGE_SIZE == 0 && pm_devmem_full(mm->devices, slot) &&
+           pm_pagemap_is(mm, slot, PM_ABI_PAGE_IS_HUGE);
 }
 
 /* How much comes home with the page at addr. */
@@ -152,29 +167,95 @@ static void drain_inline(struct pm_mm *mm, uint64_t start, uint64_t end)
     }
 }
 
-int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end)
+/* The pages of [start, end) that are in one memory come home, and drivers are told. */
+static int64_t home_of(struct pm_mm *mm, const struct pm_devmem *vram, uint64_t start, uint64_t end)
 {
-    struct pm_event event = {.start = start, .end = end, .type = PM_CLEAR, .guarantee = PM_BEFORE};
+    struct pm_event event = {
+        .start = start,
+        .end = end,
+        .type = vram->exclusive ? PM_EXCLUSIVE : PM_MIGRATE,
+        .guarantee = PM_BEFORE,
+        .owner = vram->owner,
+    };
     struct pm_inv inv = {0};
-    uint64_t first = start;
     int64_t got;
 
-    drain_inline(mm, start, end);
-    if (!pm_resident_next(mm->devices, &first, end))
-        return 0;
-    event.seq = pm_inv_open(mm, &inv, start, end - 1, PM_CLEAR, PM_BEFORE);
+    event.seq = pm_inv_open(mm, &inv, start, end - 1, (int)event.type, PM_BEFORE);
     event.when_ns = inv.since_ns;
-    got = pm_home(mm, start, end, NULL);
+    got = pm_home(mm, start, end, vram);
     pm_inv_close(mm, &inv);
-    mm->devices->stats.faults++;
-    mm->stats.events[PM_CLEAR]++;
+    mm->stats.events[event.type]++;
     pm_queue_push(mm, &event);
     return got;
 }
 
+int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    int64_t total = 0, got = 1;
+    uint64_t first;
+
+    drain_inline(mm, start, end);
+    while (got > 0 && pm_resident_next(mm->devices, (first = start, &first), end)) {
+        got = home_of(mm, pm_devmem_of(mm->devices, pm_resident(mm->devices, first)), start, end);
+        total += got > 0 ? got : 0;
+    }
+    mm->devices->stats.faults += total > 0;
+    return got < 0 ? got : total;
+}
+
+/* With the lock held: the next run of [*addr, end) in one 2 MiB range and one memory. */
+static int64_t touch_step(struct pm_mm *mm, uint64_t *addr, uint64_t end)
+{
+    uint64_t limit;
+    int64_t got;
+
+    if (!pm_resident_next(mm->devices, addr, end)) {
+        *addr = end;
+        return 0;
+    }
+    limit = pm_min(end, (*addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
+    limit = *addr + (pm_resident_run(mm->devices, *addr, limit) << PM_PAGE_SHIFT);
+    pm_drain_writes(mm, *addr, limit - 1, pm_now_ns() + drain_limit_ns);
+    got = pm_home_told(mm, *addr, limit);
+    *addr = got >= 0 ? limit : *addr;
+    return got;
+}
+
+void pm_home_touch(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    uint64_t until = pm_now_ns() + home_limit_ns;
+
+    while (mm->devices && start < end) {
+        int64_t got;
+
+        pm_lock(mm);
+        got = touch_step(mm, &start, end);
+        pm_unlock(mm);
+        /* What cannot come now, a fault will bring, or tell of. */
+        if (got < 0 && (got != -EAGAIN || pm_now_ns() > until))
+            return;
+        if (got < 0)
+            pm_doze();
+    }
+}
+
+/* A page that is in no device memory: of a file in memory what the file has, else zeroes. */
+static int fill_hole(struct pm_mm *mm, uint64_t addr)
+{
+    struct uffdio_continue mapped = {.range = {addr, PM_PAGE_SIZE}};
+    struct uffdio_zeropage zero = {.range = {addr, PM_PAGE_SIZE}};
+    int err;
+
+    if (mm->devices && mm->devices->minor && pm_sys_ioctl(mm->uffd, UFFDIO_CONTINUE, &mapped) == 0)
+        return 0;
+    err = pm_sys_ioctl(mm->uffd, UFFDIO_ZEROPAGE, &zero);
+    if (!err && mm->devices)
+        mm->devices->stats.filled++;
+    return err;
+}
+
 int pm_home_fault(struct pm_mm *mm, uint64_t addr)
 {
-    struct uffdio_zeropage zero = {.range = {addr, PM_PAGE_SIZE}};
     uint64_t start = addr, end = addr + PM_PAGE_SIZE;
     int64_t err = 0;
 
@@ -182,47 +263,74 @@ int pm_home_fault(struct pm_mm *mm, uint64_t addr)
         span_around(mm, addr, &start, &end);
         err = pm_home_told(mm, start, end);
     }
-    if (!mm->devices || !pm_resident(mm->devices, addr)) {
-        err = pm_sys_ioctl(mm->uffd, UFFDIO_ZEROPAGE, &zero);
-        if (!err && mm->devices)
-            mm->devices->stats.filled++;
-    }
+    if (!mm->devices || !pm_resident(mm->devices, addr))
+        err = fill_hole(mm, addr);
     /* Whatever did not work is tried again when the thread faults again. */
     if (!mm->inline_faults)
         pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){start, end - start});
     return err < 0 ? (int)err : 0;
 }
 
-static bool copy_to_child(int fd, uint64_t addr, uint64_t slot)
+/* n pages, as they are in their slots. False if the child does not get all of them. */
+static bool copy_to_child(int fd, uint64_t addr, uint64_t slot, uint64_t n)
 {
-    struct uffdio_copy copy = {.dst = addr, .src = slot, .len = PM_PAGE_SIZE};
+    uint64_t end = addr + (n << PM_PAGE_SHIFT);
     struct uffd_msg msg;
 
-    for (int i = 0; i < AGAIN_LIMIT; i++) {
+    for (int i = 0; i < AGAIN_LIMIT && addr < end; i++) {
+        struct uffdio_copy copy = {.dst = addr, .src = slot, .len = end - addr};
         int err = pm_sys_ioctl(fd, UFFDIO_COPY, &copy);
+        uint64_t done = copy.copy > 0 ? (uint64_t)copy.copy : 0;
 
-        if (err != -EAGAIN)
-            return err == 0 || err == -EEXIST || err == -ENOENT || err == -ESRCH;
-        /* The child has begun to change its memory: it waits for a reader. */
-        pm_sys_read(fd, &msg, sizeof(msg));
+        if (done)
+            i = 0;
+        addr += done;
+        slot += done;
+        if (addr == end || err == -ESRCH)
+            return true;
+        if (err == -EEXIST || err == -ENOENT) {
+            addr += PM_PAGE_SIZE;
+            slot += PM_PAGE_SIZE;
+        } else if (err == -EAGAIN && !done) {
+            /* The child has begun to change its memory: it waits for a reader. */
+            pm_sys_read(fd, &msg, sizeof(msg));
+        } else if (err && err != -EAGAIN) {
+            return false;
+        }
     }
-    return false;
+    return addr >= end;
+}
+
+/* Pages from addr on that have been used, in slots in a row, and those that were not. */
+static uint64_t used_run(struct pm_mm *mm, uint64_t slot, uint64_t n, uint64_t *unused)
+{
+    uint64_t seen[PM_HUGE_PAGES], i = 0, first;
+
+    n = pm_min(n, PM_HUGE_PAGES);
+    if (pm_pagemap_read(mm, slot, n, seen))
+        memset(seen, 0xff, sizeof(seen));
+    while (i < n && !(seen[i] & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
+        i++;
+    for (*unused = first = i; i < n && (seen[i] & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED));)
+        i++;
+    return i - first;
 }
 
 void pm_home_child(struct pm_mm *mm, int child_uffd)
 {
     struct pm_devices *devices = mm->devices;
-    uint64_t seen;
 
     if (!devices)
         return;
-    for (uint64_t addr = 0; pm_resident_next(devices, &addr, PM_USER_END); addr += PM_PAGE_SIZE) {
-        uint64_t slot = pm_resident(devices, addr);
+    for (uint64_t addr = 0; pm_resident_next(devices, &addr, PM_USER_END);) {
+        uint64_t slot = pm_resident(devices, addr), n = pm_resident_run(devices, addr, PM_USER_END), unused;
 
-        if (pm_pagemap_read(mm, slot, 1, &seen) == 0 &&
-            !(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
-            continue;
-        if (!copy_to_child(child_uffd, addr, slot))
-            devices->stats.child_lost++;
+        n = used_run(mm, slot, n, &unused);
+        addr += unused << PM_PAGE_SHIFT;
+        slot += unused << PM_PAGE_SHIFT;
+        if (n &&
+            (pm_lifting(mm, addr, addr + (n << PM_PAGE_SHIFT)) || !copy_to_child(child_uffd, addr, slot, n)))
+            devices->stats.child_lost += n;
+        addr += n << PM_PAGE_SHIFT;
     }
 }

@@ -237,6 +237,9 @@ struct pm_mm {
 
     struct pm_devices *devices; /* from the first device memory on; see devmem.h */
     int arena_fd;               /* the userfaultfd of arenas */
+    /* What lift.c has under way, under the device lock; `lift_back`: it goes back where it was. */
+    uint64_t lift_start, lift_end;
+    bool lift_back;
 
     pthread_mutex_t watch_lock;     /* orders watch and unwatch; never taken by the monitor */
     struct pm_watch_range *watched; /* sorted, disjoint; under the device lock */
@@ -324,6 +327,8 @@ bool pm_watch_lists(const struct pm_mm *mm, uint64_t addr);      /* device lock 
 bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end); /* all of it, without a gap */
 /* Write-protect the present pages of watched private memory, so that writes after a fork show. */
 void pm_watch_after_fork(struct pm_mm *mm);
+/* Write-protect what is present of [start, end), which is watched. */
+void pm_watch_protect(struct pm_mm *mm, uint64_t start, uint64_t end);
 /*
  * The shared mappings that are watched, in order of address, the first `cap` of them, each with a page of the
  * hole below, if there is one. Returns how many.

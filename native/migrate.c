@@ -13,15 +13,16 @@
 
 #include "devmem.h"
 #include "inline.h"
+#include "pagemap.h"
 #include "populate.h"
 
 enum { AGAIN_LIMIT = 64 };
 static const uint64_t quiet_limit_ns = 1000ULL * 1000 * 1000;
 
-int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len)
+int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len, uint64_t mode)
 {
     struct pm_abi_uffdio_move move = {
-        .dst = to, .src = from, .len = len, .mode = PM_ABI_UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
+        .dst = to, .src = from, .len = len, .mode = mode | PM_ABI_UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES};
     int err = pm_sys_ioctl(fd, PM_ABI_UFFDIO_MOVE, &move);
 
     if (!err)
@@ -43,8 +44,7 @@ static bool lingering(const struct pm_mm *mm, uint64_t start, uint64_t end)
     return false;
 }
 
-/* Take the lock at a moment at which no fork and no madvise is half done, and every event has been read. */
-static int lock_quiet(struct pm_mm *mm, uint64_t start, uint64_t end)
+int pm_lock_quiet(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     uint64_t until = pm_now_ns() + quiet_limit_ns;
 
@@ -59,11 +59,37 @@ static int lock_quiet(struct pm_mm *mm, uint64_t start, uint64_t end)
     }
 }
 
+/* Is a page of a writable vma mapped writable? As pagemap.c has it; what was never touched will be. */
+static bool is_writable(struct pm_mm *mm, uint64_t addr, uint64_t entry)
+{
+    uint64_t zero = mm->features.zero_pfn;
+
+    if (!(entry & PM_ABI_PAGEMAP_PRESENT))
+        return !(entry & PM_ABI_PAGEMAP_SWAPPED);
+    if (entry & PM_ABI_PAGEMAP_EXCLUSIVE)
+        return !(entry & PM_ABI_PAGEMAP_UFFD_WP);
+    return (zero && (entry & PM_ABI_PAGEMAP_PFN_MASK) == zero) ||
+           pm_pagemap_is(mm, addr, PM_ABI_PAGE_IS_PFNZERO);
+}
+
+/* Of the pages of [addr, end), in one 2 MiB range, by their place in it. */
+static int learn_writable(struct pm_mm *mm, uint64_t addr, uint64_t end, bool *writable)
+{
+    uint64_t seen[PM_HUGE_PAGES], first = addr % PM_HUGE_SIZE >> PM_PAGE_SHIFT;
+    uint64_t n = (end - addr) >> PM_PAGE_SHIFT;
+    int err = pm_pagemap_read(mm, addr, n, seen);
+
+    for (uint64_t i = 0; !err && i < n; i++)
+        writable[first + i] = is_writable(mm, addr + (i << PM_PAGE_SHIFT), seen[i]);
+    return err;
+}
+
 /* Pages of [*addr, end), in one 2 MiB range, from *addr on. -EBUSY at one that does not move. */
-static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, uint64_t *moved)
+static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const bool *writable,
+                    uint64_t *moved)
 {
     struct pm_devices *devices = vram->mm->devices;
-    uint64_t next = *addr, slot, n;
+    uint64_t next = *addr, place = *addr % PM_HUGE_SIZE >> PM_PAGE_SHIFT, slot, n;
     int64_t got;
 
     if (pm_resident(devices, *addr)) {
@@ -77,18 +103,18 @@ static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, uint64
     if (!slot)
         return -ENOSPC;
     /* So that noting cannot fail once they have moved. */
-    if (pm_devmem_note(vram, *addr, slot, 0))
+    if (pm_devmem_note(vram, *addr, slot, 0, NULL))
         return -ENOMEM;
-    got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT);
+    got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT, 0);
     for (int i = 0; (got == -EAGAIN || got == -EEXIST) && i < AGAIN_LIMIT; i++) {
         /* A slot that could not be emptied when its page went. */
         if (got == -EEXIST)
             pm_sys_madvise(slot, n << PM_PAGE_SHIFT, MADV_DONTNEED);
-        got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT);
+        got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT, 0);
     }
     if (got < 0)
         return got == -EAGAIN ? -EBUSY : (int)got;
-    pm_devmem_note(vram, *addr, slot, (uint64_t)got >> PM_PAGE_SHIFT);
+    pm_devmem_note(vram, *addr, slot, (uint64_t)got >> PM_PAGE_SHIFT, writable + place);
     devices->stats.to_device += (uint64_t)got >> PM_PAGE_SHIFT;
     *moved += (uint64_t)got >> PM_PAGE_SHIFT;
     *addr += (uint64_t)got;
@@ -118,27 +144,47 @@ static void break_cow(struct pm_mm *mm, uint64_t addr, uint64_t end)
     pm_populate(mm, addr, addr + (i << PM_PAGE_SHIFT), true);
 }
 
+/* Where in its 2 MiB a page of a huge page would be. */
+static bool may_be_part(struct pm_mm *mm, uint64_t addr)
+{
+    uint64_t entry, first = addr & ~(PM_HUGE_SIZE - 1);
+
+    if (pm_pagemap_read(mm, addr, 1, &entry) || !(entry & PM_ABI_PAGEMAP_PRESENT))
+        return false;
+    entry &= PM_ABI_PAGEMAP_PFN_MASK;
+    return entry % PM_HUGE_PAGES == (addr - first) >> PM_PAGE_SHIFT;
+}
+
 /* One 2 MiB range, or a part of it. A page that is pinned stays. */
 static int move_out_range(struct pm_devmem *vram, uint64_t addr, uint64_t end, uint64_t *moved)
 {
-    uint64_t tried = UINT64_MAX;
+    bool writable[PM_HUGE_PAGES];
+    uint64_t tried = UINT64_MAX, all = UINT64_MAX;
+    int wrong = learn_writable(vram->mm, addr, end, writable);
 
+    if (wrong)
+        return wrong;
     while (addr < end) {
-        int err = lock_quiet(vram->mm, addr, end);
+        int err = pm_lock_quiet(vram->mm, addr, end);
 
         if (err)
             return err;
         while (!err && addr < end)
-            err = move_out(vram, &addr, end, moved);
+            err = move_out(vram, &addr, end, writable, moved);
         pm_unlock(vram->mm);
         if (err == -EINVAL || err == -ENOENT)
             return 0; /* another kind of memory than when it was looked up */
         if (err != -EBUSY)
             return err;
-        if (tried == addr)
-            addr += PM_PAGE_SIZE;
-        else
+        if (tried != addr) {
             break_cow(vram->mm, tried = addr, end);
+        } else if (all != addr && may_be_part(vram->mm, addr)) {
+            /* Of a large folio all pages have to be this process's own. */
+            all = addr;
+            pm_populate(vram->mm, addr & ~(PM_HUGE_SIZE - 1), (addr | (PM_HUGE_SIZE - 1)) + 1, true);
+        } else {
+            addr += PM_PAGE_SIZE;
+        }
     }
     return 0;
 }
@@ -147,12 +193,16 @@ static int move_out_range(struct pm_devmem *vram, uint64_t addr, uint64_t end, u
  * of the whole vma. */
 static int set_missing(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
 {
-    const uint64_t mode = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING;
+    const uint64_t minor = vma->flags & PM_VMA_FILE ? UFFDIO_REGISTER_MODE_MINOR : 0;
+    const uint64_t mode = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING | minor;
     uint64_t first = pm_max(vma->start, start & ~(PM_HUGE_SIZE - 1));
     uint64_t last = pm_min(vma->end, (end + PM_HUGE_SIZE - 1) & ~(PM_HUGE_SIZE - 1));
     struct uffdio_register reg = {.range = {first, last - first}, .mode = mode};
     int err;
 
+    if (minor && !(mm->features.uffd_features & PM_ABI_UFFD_FEATURE_MINOR_SHMEM))
+        return -EOPNOTSUPP;
+    mm->devices->minor |= minor != 0;
     /* No hole of others' memory, which may be touched where SIGBUS is blocked. */
     if (mm->inline_faults)
         reg.range = (struct uffdio_range){start, end - start};
@@ -163,32 +213,113 @@ static int set_missing(struct pm_mm *mm, const struct pm_vma *vma, uint64_t star
     return pm_sys_ioctl(mm->uffd, UFFDIO_REGISTER, &reg);
 }
 
-static bool movable(const struct pm_vma *vma)
+int pm_migrate_level(pm_mm *mm, uint64_t start, uint64_t end)
 {
-    return (vma->flags & PM_VMA_WRITE) &&
-           !(vma->flags & (PM_VMA_SHARED | PM_VMA_FILE | PM_VMA_HUGETLB | PM_VMA_SPECIAL));
+    struct pm_vma vma;
+    int err = pm_mm_enter(mm);
+
+    if (err)
+        return err;
+    pthread_mutex_lock(&mm->watch_lock);
+    if (mm->devices && pm_watched(mm, start, end) && pm_vma_query(mm, start, &vma) == 0) {
+        vma.start = start;
+        vma.end = end;
+        err = set_missing(mm, &vma, start, end);
+    }
+    pthread_mutex_unlock(&mm->watch_lock);
+    pm_mm_exit(mm);
+    return err;
+}
+
+enum way { STAY, MOVE, LIFT };
+
+/* How memory of a vma gets to a device. */
+static enum way way_of(const struct pm_mm *mm, const struct pm_vma *vma)
+{
+    if (vma->flags & (PM_VMA_SHARED | PM_VMA_HUGETLB | PM_VMA_SPECIAL))
+        return STAY;
+    /* Inline, each touch of a page of the file would be a signal, and each system call on one refused. */
+    if (vma->flags & PM_VMA_FILE)
+        return pm_is_shmem(vma) && !mm->inline_faults ? LIFT : STAY;
+    return vma->flags & PM_VMA_WRITE ? MOVE : LIFT;
+}
+
+/* Of a mapping of a file only what is a copy of this process's own; of other memory all. */
+static bool leaves(const struct pm_vma *vma, uint64_t entry)
+{
+    return !(vma->flags & PM_VMA_FILE) ||
+           ((entry & PM_ABI_PAGEMAP_PRESENT) && !(entry & PM_ABI_PAGEMAP_FILE));
+}
+
+/* From the first page at or after *addr that leaves: how many do in a row. */
+static uint64_t next_lift(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t *addr, uint64_t end,
+                          const uint64_t *seen)
+{
+    struct pm_mm *mm = vram->mm;
+    uint64_t start = *addr, n = 0;
+
+    pm_lock(mm);
+    while (*addr < end &&
+           (pm_resident(mm->devices, *addr) || !leaves(vma, seen[(*addr - start) >> PM_PAGE_SHIFT])))
+        *addr += PM_PAGE_SIZE;
+    while (*addr + (n << PM_PAGE_SHIFT) < end && !pm_resident(mm->devices, *addr + (n << PM_PAGE_SHIFT)) &&
+           leaves(vma, seen[((*addr - start) >> PM_PAGE_SHIFT) + n]))
+        n++;
+    pm_unlock(mm);
+    return n;
+}
+
+/* One 2 MiB range, or a part of it, of memory that UFFDIO_MOVE refuses. */
+static int lift_range(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t addr, uint64_t end,
+                      uint64_t *moved)
+{
+    uint64_t seen[PM_HUGE_PAGES], n = (end - addr) >> PM_PAGE_SHIFT, start = addr;
+    bool writable[PM_HUGE_PAGES];
+    int err = pm_pagemap_read(vram->mm, addr, n, seen);
+
+    for (uint64_t i = 0; !err && i < n; i++)
+        writable[i] =
+            (vma->flags & PM_VMA_WRITE) && is_writable(vram->mm, addr + (i << PM_PAGE_SHIFT), seen[i]);
+    while (!err) {
+        const uint64_t *at = seen + ((addr - start) >> PM_PAGE_SHIFT);
+        uint64_t from = addr;
+
+        n = next_lift(vram, vma, &addr, end, at);
+        if (!n || set_missing(vram->mm, vma, addr, addr + (n << PM_PAGE_SHIFT)))
+            return 0;
+        at += (addr - from) >> PM_PAGE_SHIFT;
+        err = pm_lift(vram, &(struct pm_lift){addr, n, at, writable + (at - seen)});
+        *moved += err ? 0 : n;
+        addr += n << PM_PAGE_SHIFT;
+        /* What the kernel refuses stays. */
+        err = err == -ENOSPC || err == -EBUSY ? err : 0;
+    }
+    return err;
 }
 
 /* With watch_lock held. Memory that cannot be watched, or moved, stays where it is. */
 static int move_out_vma(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t start, uint64_t end,
                         uint64_t *moved)
 {
+    enum way way = way_of(vram->mm, vma);
     int err = 0;
 
-    if (!movable(vma) || !pm_watched(vram->mm, start, end))
+    if (way == STAY || (way == LIFT && pm_memory_locked()) || !pm_watched(vram->mm, start, end))
         return 0;
-    if (set_missing(vram->mm, vma, start, end))
+    if (way == MOVE && set_missing(vram->mm, vma, start, end))
         return 0;
     while (!err && start < end) {
-        uint64_t next = pm_min(end, (start & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
+        uint64_t step = vram->exclusive ? PM_HUGE_SIZE / 2 : PM_HUGE_SIZE; /* it splits huge pages */
+        uint64_t next = pm_min(end, (start & ~(step - 1)) + step);
 
-        err = move_out_range(vram, start, next, moved);
+        err = way == MOVE ? move_out_range(vram, start, next, moved)
+                          : lift_range(vram, vma, start, next, moved);
         start = next;
     }
     return err;
 }
 
-static int move_out_vmas(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved)
+int pm_move_out(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved)
 {
     struct pm_vma vma;
     int err = 0;
@@ -223,7 +354,7 @@ int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t
     err = pm_inline_join(mm);
     if (!err) {
         pthread_mutex_lock(&mm->watch_lock);
-        err = move_out_vmas(vram, start, end, moved);
+        err = pm_move_out(vram, start, end, moved);
         pthread_mutex_unlock(&mm->watch_lock);
     }
     pm_mm_exit(mm);

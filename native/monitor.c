@@ -134,11 +134,14 @@ static void handle_fork(struct pm_mm *mm, int child_uffd)
         return;
     }
     mm->protect_after_fork = true;
+    pm_resident_protect(mm, 0, PM_USER_END);
     invalidate_now(mm, 0, 0, PM_PROTECTION_PAGE, 0);
 }
 
 static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
 {
+    if (pm_lift_claims(mm, msg))
+        return;
     switch (msg->event) {
     case UFFD_EVENT_UNMAP:
         pm_watch_forget(mm, msg->arg.remove.start, msg->arg.remove.end);

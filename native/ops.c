@@ -2,7 +2,9 @@
 /*
  * ops.c - system calls on memory, for the operations of the API.
  */
-#include "internal.h"
+#include <sys/mman.h>
+
+#include "devmem.h"
 
 int pm_mmap(pm_mm *mm, uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset,
             uint64_t *ret)
@@ -19,10 +21,34 @@ int pm_munmap(pm_mm *mm, uint64_t addr, uint64_t len)
     return pm_sys_munmap(addr, len);
 }
 
+/* As in the kernel, pages in device memory are read-only once the protection of their vma has changed. */
+static void protect_resident(struct pm_mm *mm, uint64_t start, uint64_t end, uint32_t prot)
+{
+    const uint32_t bits = PM_VMA_READ | PM_VMA_WRITE | PM_VMA_EXEC;
+    struct pm_vma vma;
+
+    while (start < end && pm_vma_query(mm, start, &vma) == 0 && vma.start < end) {
+        if ((vma.flags & bits) != prot) {
+            pm_lock(mm);
+            pm_resident_protect(mm, start, pm_min(end, vma.end));
+            pm_unlock(mm);
+        }
+        start = vma.end;
+    }
+}
+
+static uint32_t vma_flags(int prot)
+{
+    return (prot & PROT_READ ? PM_VMA_READ : 0) | (prot & PROT_WRITE ? PM_VMA_WRITE : 0) |
+           (prot & PROT_EXEC ? PM_VMA_EXEC : 0);
+}
+
 int pm_mprotect(pm_mm *mm, uint64_t addr, uint64_t len, int prot)
 {
     int err = pm_mm_check(mm);
 
+    if (!err && mm->devices)
+        protect_resident(mm, addr, addr + len, vma_flags(prot));
     return err ? err : pm_sys_mprotect(addr, len, prot);
 }
 

@@ -122,6 +122,23 @@ static bool candidate(const struct pm_rules *rules, uint64_t start, const uint64
     return rules->vma_start <= pmd && pmd + PM_HUGE_SIZE <= rules->vma_end;
 }
 
+bool pm_pagemap_is(struct pm_mm *mm, uint64_t addr, uint64_t category)
+{
+    struct pm_abi_page_region region;
+    struct pm_abi_scan_arg scan = {
+        .size = sizeof(scan),
+        .start = addr,
+        .end = addr + PM_PAGE_SIZE,
+        .vec = (uintptr_t)&region,
+        .vec_len = 1,
+        .max_pages = 1,
+        .category_mask = category,
+        .return_mask = category,
+    };
+
+    return pm_have(mm, PM_FEAT_PAGEMAP_SCAN) && pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) > 0;
+}
+
 /* The first page of [start, end) that no huge page maps; `end` if there is none, `start` if nothing can be
  * told. */
 static uint64_t first_small(struct pm_mm *mm, uint64_t start, uint64_t end)

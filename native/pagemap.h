@@ -25,6 +25,8 @@ struct pm_rules pm_rules_of(const struct pm_vma *vma);
 
 /* Raw entries of n pages, in a block or any number; what lies beyond the address space is 0. */
 int pm_pagemap_fill(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret);
+/* Has the page a category of PAGEMAP_SCAN? Without the call: not known, false. */
+bool pm_pagemap_is(struct pm_mm *mm, uint64_t addr, uint64_t category);
 /*
  * Turn the raw entries of n <= PM_BLOCK_PAGES pages, that cross at most PM_BLOCK_HUGE PMD ranges, into HMM
  * pfns in place. Returns the bits that all of them have.

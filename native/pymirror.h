@@ -230,6 +230,7 @@ struct pm_event {
     uint32_t guarantee;
     uint32_t flags; /* enum pm_event_flag */
     uint32_t pad;
+    uint64_t owner; /* of the device memory that pages came home from, else 0 */
 };
 
 /* The next event: 0, -ETIMEDOUT, -ESRCH once the mm is closed and the queue is empty. */
@@ -256,6 +257,7 @@ struct pm_walk {
     uint64_t *pfns;         /* in: requests per page; out: HMM pfns */
     uint64_t default_flags; /* request = (pfns[i] & pfn_flags_mask) | default_flags */
     uint64_t pfn_flags_mask;
+    uint64_t owner; /* pages in device memory of this owner are reported, not faulted; 0: of none */
     uint32_t flags; /* enum pm_walk_flag */
     uint32_t pad;
     pm_sub *sub; /* checked with seq between steps: -EBUSY when it moved; may be 0 */
@@ -317,7 +319,8 @@ enum pm_access_fault {
     PM_FAULT_STALE,     /* fenced, its callback returned and did not clear it: a driver bug */
     PM_FAULT_CHANGED,   /* the page table behind [fault_start, fault_end) changed unseen (detected) */
     PM_FAULT_DIRECTION, /* DMA against the direction of the mapping */
-    PM_FAULT_MASK       /* DMA beyond the device's mask */
+    PM_FAULT_MASK,      /* DMA beyond the device's mask */
+    PM_FAULT_ATOMIC     /* an atomic on memory that the device has not to itself */
 };
 
 struct pm_access {
@@ -339,6 +342,24 @@ struct pm_access {
  * that is not there; -EOPNOTSUPP without process_vm_readv and _writev. What was done before it stays done.
  */
 int pm_access(pm_table *table, struct pm_access *access);
+enum pm_atomic_op { PM_ATOMIC_ADD, PM_ATOMIC_CAS };
+
+struct pm_atomic {
+    uint64_t addr;
+    uint32_t size; /* 4 or 8 bytes; addr is a multiple of it */
+    uint32_t op;   /* enum pm_atomic_op */
+    uint64_t operand, expected;
+    uint64_t old;         /* out: what was there */
+    uint32_t fault, pad;  /* out: enum pm_access_fault */
+    uint64_t fault_start; /* out */
+    uint64_t fence_seq;   /* out */
+};
+
+/*
+ * One atomic of the device, through a writable entry of device memory or of exclusive memory: no thread of
+ * the CPU can reach the word meanwhile. 0; -EFAULT with `fault` set; -EINVAL; -ESRCH.
+ */
+int pm_access_atomic(pm_table *table, struct pm_atomic *atomic);
 /* Compare the entries of [start, end) with the page table: 0 alike, -ESTALE and the first changed run. */
 int pm_table_verify(pm_table *table, uint64_t start, uint64_t end, uint64_t *changed_start,
                     uint64_t *changed_end);
@@ -425,12 +446,28 @@ struct pm_devmem_stats {
  * system calls (PM_MM_INLINE: that gives SIGBUS), its events, UFFDIO_MOVE and the pagemap; -EINVAL; -ENOMEM;
  * -ESRCH.
  */
-int pm_devmem_create(pm_mm *mm, uint64_t size, pm_devmem **ret);
+int pm_devmem_create(pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret);
 /* Frees it. -EBUSY while pages are in it; -ESRCH in a forked child. */
 int pm_devmem_destroy(pm_devmem *vram);
 uint64_t pm_devmem_used(pm_devmem *vram); /* pages */
 /* Where the pages are that were moved in least recently, within 2 MiB; -ENOENT: it is empty. */
 int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end);
+/* Pages of zeroes for what is in this memory of [start, end) and was never touched. -EINVAL, -ESRCH, -ENOMEM.
+ */
+int pm_devmem_populate(pm_devmem *vram, uint64_t start, uint64_t end);
+/*
+ * An arena for exclusive access, one an mm, for at most `size` bytes; used by pm_exclusive() and ended as
+ * device memory is.
+ */
+int pm_exclusive_create(pm_mm *mm, uint64_t size, pm_devmem **ret);
+/*
+ * Take the pages of [start, end) away from the CPU, for a device: faulted for writing, up to the first that
+ * cannot be. pfns: for each page what a device maps, 0 where it could not be had. 0, or why the first page is
+ * not there.
+ */
+int pm_exclusive(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns);
+/* The same of pages as they are now: 0 where the CPU has the page again. */
+int pm_exclusive_pfns(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns);
 int pm_devmem_stats(pm_mm *mm, struct pm_devmem_stats *ret);
 /*
  * Move the pages of [start, end) into device memory, within an invalidation (PM_MIGRATE) that the caller has
@@ -446,6 +483,11 @@ int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t
  * -ESRCH.
  */
 int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devmem *only, uint64_t *moved);
+/*
+ * Make one vma again of [start, end), of which migration has split parts off: an mremap takes one vma. 0
+ * where there is nothing to do.
+ */
+int pm_migrate_level(pm_mm *mm, uint64_t start, uint64_t end);
 /* A CPU fault brings home what is in the aligned `bytes` around it: 4 KiB (at first), 64 KiB or 2 MiB. */
 int pm_devmem_fault_around(pm_devmem *vram, uint64_t bytes);
 

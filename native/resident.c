@@ -113,10 +113,60 @@ bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end)
 
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end)
 {
-    uint64_t slot = pm_resident(devices, addr), n = 1;
+    uint64_t first = *pm_resident_at(devices, addr, false), n = 1, *entry;
 
-    while (addr + (n << PM_PAGE_SHIFT) < end &&
-           pm_resident(devices, addr + (n << PM_PAGE_SHIFT)) == slot + (n << PM_PAGE_SHIFT))
+    while (addr + (n << PM_PAGE_SHIFT) < end) {
+        entry = pm_resident_at(devices, addr + (n << PM_PAGE_SHIFT), false);
+        if (!entry || *entry != first + (n << PM_PAGE_SHIFT))
+            break;
         n++;
+    }
     return n;
+}
+
+static uint64_t shown(struct pm_devices *devices, uint64_t entry)
+{
+    uint64_t write = entry & PM_RESIDENT_WRITE ? PM_PFN_WRITE : 0;
+
+    return PM_PFN_VALID | write | pm_slot_pfn(devices, pm_page_down(entry));
+}
+
+bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t n, uint64_t keep,
+                      uint64_t *pfns)
+{
+    uint64_t end = start + (n << PM_PAGE_SHIFT);
+    bool any = false;
+
+    if (!owner)
+        return false;
+    pm_lock(mm);
+    for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += PM_PAGE_SIZE) {
+        uint64_t entry = *pm_resident_at(mm->devices, addr, false);
+
+        if (pm_devmem_of(mm->devices, entry)->owner != owner)
+            continue;
+        pfns[(addr - start) >> PM_PAGE_SHIFT] = shown(mm->devices, entry) & keep;
+        any = true;
+    }
+    pm_unlock(mm);
+    return any;
+}
+
+void pm_resident_present(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *pagemap)
+{
+    uint64_t end = start + (n << PM_PAGE_SHIFT);
+
+    if (!mm->devices)
+        return;
+    for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += PM_PAGE_SIZE)
+        pagemap[(addr - start) >> PM_PAGE_SHIFT] =
+            PM_ABI_PAGEMAP_PRESENT | pm_slot_pfn(mm->devices, pm_resident(mm->devices, addr));
+}
+
+void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    if (!mm->devices)
+        return;
+    for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += PM_PAGE_SIZE)
+        *pm_resident_at(mm->devices, addr, false) &= ~PM_RESIDENT_WRITE;
 }

@@ -9,6 +9,7 @@
  */
 #include <errno.h>
 
+#include "devmem.h"
 #include "domain.h"
 #include "table.h"
 
@@ -51,6 +52,7 @@ static int verify_block(struct pm_table *table, struct pm_mm *mm, uint64_t addr,
     while (i < n && !pm_entry_changed(entry[i], seen[i]))
         i++;
     pm_lock(mm);
+    pm_resident_present(mm, addr, n, seen);
     /* An invalidation that came between the two reads has told of the change already. */
     while (i < n && !(pm_entry_changed(entry[i], seen[i]) &&
                       pm_table_has(table, mm, addr + (i << PM_PAGE_SHIFT), entry[i])))
@@ -210,6 +212,7 @@ static int confirm(struct pm_mm *mm, uint64_t addr, uint64_t n, const uint64_t *
     if (err)
         return err;
     pm_lock(mm);
+    pm_resident_present(mm, addr, n, pagemap);
     err = changed_in(mm, &seen) ? -ESTALE : 0;
     pm_unlock(mm);
     for (uint64_t i = 0; !err && i < n; i++)

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "devmem.h"
 #include "entries.h"
 #include "pagemap.h"
 #include "populate.h"
@@ -47,19 +48,42 @@ static int check_seq(struct pm_walk *walk, uint64_t addr)
     return walk->sub && pm_sub_read_retry(walk->sub, walk->seq) ? fail(walk, addr, -EBUSY) : 0;
 }
 
+static uint64_t addr_of(const struct block *b, uint64_t i)
+{
+    return b->start + (i << PM_PAGE_SHIFT);
+}
+
 static uint64_t wanted(const struct block *b, uint64_t i)
 {
     return b->each ? b->each[i] : b->all;
 }
 
-static uint64_t lack(const struct block *b, uint64_t i)
+/* Of a page in device memory of the walk's owner nothing is faulted, not even when it is read-only. */
+static bool is_own(const struct block *b, uint64_t i)
 {
-    return wanted(b, i) & ~b->pfns[i];
+    return b->pfns[i] & PM_PFN_DEVICE;
 }
 
-static uint64_t addr_of(const struct block *b, uint64_t i)
+static uint64_t lack(const struct block *b, uint64_t i)
 {
-    return b->start + (i << PM_PAGE_SHIFT);
+    return is_own(b, i) ? 0 : wanted(b, i) & ~b->pfns[i];
+}
+
+static uint64_t lacking_in(const struct block *b, uint64_t i, uint64_t end)
+{
+    uint64_t lacking = 0;
+
+    for (; i < end; i++)
+        lacking |= lack(b, i);
+    return lacking;
+}
+
+static bool show_resident(const struct block *b, uint64_t i, uint64_t end)
+{
+    uint64_t keep = b->rules.writable ? UINT64_MAX : ~PM_PFN_WRITE;
+
+    return b->mm->devices &&
+           pm_resident_show(b->mm, b->walk->owner, addr_of(b, i), end - i, keep, b->pfns + i);
 }
 
 /* Read pages [i, end) of a block; *lacking: the bits that are asked for and not there. */
@@ -74,7 +98,10 @@ static int read_pages(struct block *b, uint64_t i, uint64_t end, uint64_t *lacki
     if (err)
         return fail(b->walk, addr_of(b, i), err);
     common = pm_pagemap_convert(b->mm, &b->rules, addr_of(b, i), end - i, b->pfns + i);
-    *lacking = b->each ? pm_entries_lacking(b->pfns + i, b->each + i, end - i) : b->all & ~common;
+    if (show_resident(b, i, end))
+        *lacking = lacking_in(b, i, end);
+    else
+        *lacking = b->each ? pm_entries_lacking(b->pfns + i, b->each + i, end - i) : b->all & ~common;
     return 0;
 }
 
@@ -90,7 +117,7 @@ static uint64_t next_run(const struct block *b, uint64_t i, uint64_t end, uint64
         return end;
     /* Populating for writing brings in what has to be read too. */
     kind = wanted(b, i);
-    for (last = i++; i < end && i - last <= GAP_LIMIT && wanted(b, i) == kind; i++) {
+    for (last = i++; i < end && i - last <= GAP_LIMIT && wanted(b, i) == kind && !is_own(b, i); i++) {
         if (lack(b, i))
             last = i;
     }
@@ -134,6 +161,7 @@ static int populate_run(struct block *b, uint64_t i, uint64_t end)
         pm_would_wait(b->mm, b->vma, start, addr_of(b, end), b->pfns + i, &waits))
         return fail(b->walk, waits, -EAGAIN);
     pm_point(PM_POINT_WALK_BEFORE_POPULATE);
+    pm_home_touch(b->mm, start, addr_of(b, end));
     err = pm_populate(b->mm, start, addr_of(b, end), write);
     pm_point(PM_POINT_WALK_AFTER_POPULATE);
     b->walk->populated += end - i;

@@ -14,14 +14,17 @@
 #include <time.h>
 
 #include "devmem.h"
+#include "populate.h"
 
-enum { LIST_SLACK = 64, AGAIN_LIMIT = 10000 };
+enum { LIST_SLACK = 64, AGAIN_LIMIT = 10000, CACHED_PAGES = 4096 };
+static const uint64_t cached_max = 1ULL << 30;
 static const uint64_t event_limit_ns = 5000ULL * 1000 * 1000;
 
 static uint64_t wanted_features(const struct pm_mm *mm)
 {
     uint64_t want = PM_ABI_UFFD_FEATURE_PAGEFAULT_FLAG_WP | PM_ABI_UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
 
+    want |= PM_ABI_UFFD_FEATURE_MINOR_SHMEM | PM_ABI_UFFD_FEATURE_MISSING_SHMEM;
     want &= mm->features.uffd_features;
     if (pm_have(mm, PM_FEAT_UFFD_WP_ASYNC))
         want |= PM_ABI_UFFD_FEATURE_WP_ASYNC;
@@ -225,11 +228,43 @@ bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end)
     return covered;
 }
 
-static int uffd_register(struct pm_mm *mm, uint64_t start, uint64_t end)
+static int uffd_register(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t mode)
 {
-    struct uffdio_register reg = {.range = {start, end - start}, .mode = UFFDIO_REGISTER_MODE_WP};
+    struct uffdio_register reg = {.range = {start, end - start}, .mode = mode};
 
     return pm_sys_ioctl(mm->uffd, UFFDIO_REGISTER, &reg);
+}
+
+static bool all_cached(uint64_t start, uint64_t end)
+{
+    unsigned char cached[CACHED_PAGES];
+
+    for (; start < end; start += (uint64_t)CACHED_PAGES << PM_PAGE_SHIFT) {
+        uint64_t len = pm_min(end - start, (uint64_t)CACHED_PAGES << PM_PAGE_SHIFT);
+
+        if (pm_sys_mincore(start, len, cached))
+            return false;
+        for (uint64_t i = 0; i < len >> PM_PAGE_SHIFT; i++) {
+            if (!(cached[i] & 1))
+                return false;
+        }
+    }
+    return true;
+}
+
+/*
+ * Write-protect mode switches the fault-around of file mappings off, and the mode for missing pages does not:
+ * it is for files in memory of which no page is missing. One that is punched out later, and touched, is
+ * filled by the monitor.
+ */
+static uint64_t mode_of(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
+{
+    bool in_memory = (vma->flags & (PM_VMA_FILE | PM_VMA_HUGETLB)) == PM_VMA_FILE && pm_is_shmem(vma);
+
+    if (in_memory && !mm->inline_faults && pm_have(mm, PM_FEAT_UFFD_KERNEL) && end - start <= cached_max &&
+        (mm->features.uffd_features & PM_ABI_UFFD_FEATURE_MISSING_SHMEM) && all_cached(start, end))
+        return UFFDIO_REGISTER_MODE_MISSING;
+    return UFFDIO_REGISTER_MODE_WP;
 }
 
 static int protect_run(struct pm_mm *mm, uint64_t start, uint64_t end)
@@ -291,7 +326,7 @@ static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t st
     err = reserve(mm);
     if (err)
         return err;
-    err = uffd_register(mm, first, last);
+    err = uffd_register(mm, first, last, mode_of(mm, vma, first, last));
     if (err == -ENOMEM)
         return err;
     if (err)
@@ -525,6 +560,16 @@ static void protect_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t sta
 {
     (void)arg;
     if (vma->flags & (PM_VMA_SHARED | PM_VMA_SPECIAL))
+        return;
+    if (vma->flags & PM_VMA_FILE)
+        uffd_register(mm, start, end, UFFDIO_REGISTER_MODE_WP);
+    if (!pm_have(mm, PM_FEAT_PAGEMAP_SCAN) || protect_present(mm, start, end) != 0)
+        protect_by_runs(mm, start, end);
+}
+
+void pm_watch_protect(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    if (!pm_have(mm, PM_FEAT_UFFD_WP_ASYNC))
         return;
     if (!pm_have(mm, PM_FEAT_PAGEMAP_SCAN) || protect_present(mm, start, end) != 0)
         protect_by_runs(mm, start, end);

@@ -31,6 +31,12 @@ from .dma.engine import IommuFaultError, IommuFaultReason, StaleDmaError
 from .dma.record import DmaMapping
 from .errors import FeatureError, MirrorError
 from .event import Event, Guarantee, MmuNotifierRange
+from .exclusive import (
+    DeviceExclusive,
+    exclusive_pfns,
+    make_device_exclusive,
+    make_device_exclusive_range,
+)
 from .fault_buffer import FaultBuffer, FaultEntry
 from .features import Features
 from .gup import PinnedPages, pin_user_pages, unpin_user_pages
@@ -75,6 +81,8 @@ from .pfn import (
     HMM_PFN_WRITE,
     hmm_pfn_to_map_order,
     hmm_pfn_to_pfn,
+    is_device_exclusive_pfn,
+    is_device_private_pfn,
 )
 from .region import Region
 from .trace import Trace
@@ -106,6 +114,7 @@ __all__ = [
     "Adopted",
     "CallbackError",
     "Device",
+    "DeviceExclusive",
     "DeviceFault",
     "DeviceMemory",
     "DirectDomain",
@@ -141,6 +150,7 @@ __all__ = [
     "Trace",
     "Vma",
     "__version__",
+    "exclusive_pfns",
     "gup_range_dma_map",
     "gup_range_dma_unmap",
     "hmm_device_entry_from_pfn",
@@ -159,6 +169,10 @@ __all__ = [
     "hmm_range_snapshot",
     "hmm_vma_fault",
     "hmm_vma_range_done",
+    "is_device_exclusive_pfn",
+    "is_device_private_pfn",
+    "make_device_exclusive",
+    "make_device_exclusive_range",
     "migrate_to_device",
     "migrate_to_system",
     "pin_user_pages",

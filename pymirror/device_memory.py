@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 from ._shim import ffi, lib
 from .affected import PAGE_SIZE
 from .errors import MirrorError, check
+from .event import Event
 from .lock import not_in_callback, not_under_driver_lock
+from .mm_base import check_pages
 
 if TYPE_CHECKING:
     from .device import Device
     from .mm import AddressSpace
 
 FAULT_AROUND = (4 << 10, 64 << 10, 2 << 20)
-_NEEDS = {
+NEEDS = {
     "thread": ("uffd_kernel", "uffd_events", "move", "pagemap"),
     "inline": ("sigbus", "uffd_events", "move", "pagemap"),
 }
@@ -44,8 +46,10 @@ class DeviceMemory:
     Close it, or use it as a context manager. EINVAL.
     """
 
+    _event = Event.MIGRATE
+
     def __init__(
-        self, dev: Device, size: int, *, owner: Any = None, fault_around: int = FAULT_AROUND[0]
+        self, dev: Device | None, size: int, *, owner: Any = None, fault_around: int = FAULT_AROUND[0]
     ) -> None:
         size = operator.index(size)
         if not 0 < size < 1 << 46:
@@ -76,6 +80,21 @@ class DeviceMemory:
             return 0
         with self._pointer:
             return int(lib.pm_devmem_used(self._native)) * PAGE_SIZE if self._native else 0
+
+    def populate(self, start: int, end: int) -> None:
+        """Give the pages of [start, end) that are in this memory and were never touched zeroed memory.
+
+        Start and end are user addresses. It is what alloc_page() and clear_highpage() of a driver do that
+        migrates. EINVAL; ENOMEM; ESRCH in a forked child; EDEADLK in a callback and under a driver lock.
+        """
+        what = "DeviceMemory.populate"
+        not_in_callback(what)
+        not_under_driver_lock(what)
+        with self._lock:
+            self._check(what)
+            if (mm := self._mm) is not None:
+                check_pages(mm, what, start, end)
+                check(lib.pm_devmem_populate(self._native, start, end), what, addr=start, mm=mm)
 
     def close(self) -> None:
         """Bring all its pages home, and give the memory back. Idempotent, and quiet in a forked child.
@@ -120,13 +139,13 @@ class DeviceMemory:
             raise MirrorError(
                 errno.ESRCH,
                 f"{what}: {type(self).__name__} belongs to process {self._pid}",
-                hint="make device memory in this process",
+                hint="open a new AddressSpace in this process, and make device memory for it",
             )
         if self.closed:
             raise _einval("it is closed", "make new device memory", what)
 
     def _move_to(self, mm: AddressSpace, what: str) -> None:
-        for feature in _NEEDS[mm.fault_delivery]:
+        for feature in NEEDS[mm.fault_delivery]:
             mm.features.require(feature, what)
         if self.used:
             raise MirrorError(
@@ -136,10 +155,13 @@ class DeviceMemory:
             )
         self._leave()
         made = ffi.new("pm_devmem **")
-        check(lib.pm_devmem_create(mm.native, self.size, made), what, hint="free memory, or ulimit -v")
+        check(self._create(mm, made), what, hint="free memory, or ulimit -v")
         self._native, self._mm = made[0], mm
         check(lib.pm_devmem_fault_around(self._native, self.fault_around), what)
         mm._device_memory.add(self)
+
+    def _create(self, mm: AddressSpace, made: Any) -> int:
+        return int(lib.pm_devmem_create(mm.native, self.size, id(self.owner), made))
 
     def _leave(self) -> None:
         """Have no part in an address space any more; one that is closed has its pages back already."""
@@ -147,7 +169,7 @@ class DeviceMemory:
             return
         while (span := self._oldest()) is not None:
             moved = ffi.new("uint64_t *")
-            with mm._migrating("DeviceMemory.close", *span, self.owner):
+            with mm._migrating("DeviceMemory.close", *span, self.owner, self._event):
                 ret = lib.pm_migrate_to_system(mm.native, *span, self._native, moved)
             check(ret, "DeviceMemory.close", addr=span[0], mm=mm)
         with self._pointer:

@@ -36,10 +36,10 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
     memory. ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock().
     """
     what = "migrate_to_device"
-    _check_interval(mm, what, start, end)
+    check_migration(mm, what, start, end)
     moved, total = ffi.new("uint64_t *"), 0
     with vram._serving(mm, what) as native:
-        mm.watch(start, end)
+        watch_movable(mm, start, end)
         while True:
             with mm._migrating(what, start, end, vram.owner):
                 ret = lib.pm_migrate_to_device(native, start, end, moved)
@@ -48,7 +48,7 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
                 break
             _evict(mm, vram, start, end, total)
     if ret == -errno.EBUSY:
-        _check_handler(mm, what)
+        check_handler(mm, what)
     check(ret, what, addr=_first_refused(mm, start, end) if ret == -errno.EINVAL else start, mm=mm)
     return int(total)
 
@@ -60,14 +60,23 @@ def migrate_to_system(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
     callback, under a driver lock and under read_lock().
     """
     what = "migrate_to_system"
-    _check_interval(mm, what, start, end)
+    check_migration(mm, what, start, end)
     if vram is None:
         return _bring_home(mm, what, start, end, ffi.NULL, None)
     with vram._lock:
         vram._check(what)
-        if vram.mm is not mm:
+        if vram.mm is mm:
+            return _bring_home(mm, what, start, end, vram._native, vram)
+        with mm._migrating(what, start, end, vram.owner):
             return 0
-        return _bring_home(mm, what, start, end, vram._native, vram)
+
+
+def watch_movable(mm: AddressSpace, start: int, end: int) -> None:
+    """Watch what may move, private mappings of files with it."""
+    mm.watch(start, end)
+    for vma in mm._walk(start, end):
+        if vma.file and not vma.shared:
+            mm.watch(max(start, vma.start), min(end, vma.end), files=True)
 
 
 def _bring_home(
@@ -94,7 +103,8 @@ def _evict(mm: AddressSpace, vram: DeviceMemory, start: int, end: int, moved: in
     _bring_home(mm, "migrate_to_device", *victim, vram._native, vram)
 
 
-def _check_handler(mm: AddressSpace, what: str) -> None:
+def check_handler(mm: AddressSpace, what: str) -> None:
+    """EBUSY while another handler of SIGBUS would get the faults of inline delivery."""
     if handler := lib.pm_sigbus_over():
         raise MirrorError(
             errno.EBUSY,
@@ -106,7 +116,7 @@ def _check_handler(mm: AddressSpace, what: str) -> None:
         )
 
 
-def _check_interval(mm: AddressSpace, what: str, start: int, end: int) -> None:
+def check_migration(mm: AddressSpace, what: str, start: int, end: int) -> None:
     mm._check(what)
     mm._mmap_lock.check_free(what)
     check_pages(mm, what, start, end)

@@ -79,6 +79,7 @@ class AddressSpace(MemoryOperations):
         self._adoptions = Adoptions()
         self._pins = PinRegistry()
         self._device_memory = set()
+        self._exclusive_arena = None
         self._closing = False
         self._teardown = threading.Lock()
         self.notifiers = NotifierSet(self)
@@ -223,6 +224,11 @@ class AddressSpace(MemoryOperations):
             steps.callback(self._pins.report_leaks)
             steps.callback(self.notifiers.stop, 0)
             steps.callback(self.notifiers.release)
+
+    def _memory_owner(self, number: int) -> Any:
+        """The owner of device memory by what native code calls it; None once the memory is closed."""
+        owners = [vram.owner for vram in list(self._device_memory)]
+        return next((owner for owner in owners if id(owner) == number), None)
 
     def _leave_device_memory(self) -> None:
         for vram in list(self._device_memory):

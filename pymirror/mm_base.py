@@ -42,6 +42,7 @@ class MmBase:
     _adoptions: Adoptions
     _pins: PinRegistry
     _device_memory: set[DeviceMemory]
+    _exclusive_arena: DeviceMemory | None
     _closed: bool = True  # until it is open
     _closing: bool
 

@@ -168,6 +168,7 @@ class NotifierSet:
             event.start,
             python_end(event.end),
             Event(event.type),
+            mm._memory_owner(event.owner) if event.owner else None,
             guarantee=Guarantee.from_native(event.guarantee),
             seq=event.seq,
             overflow=bool(event.flags & lib.PM_EV_OVERFLOW),

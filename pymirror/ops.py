@@ -251,6 +251,7 @@ class MemoryOperations(MmBase):
         if vma.end < end:
             # Watching a part may have split a vma that the kernel would move whole: watched whole it is one.
             self.watch(start, end, files=True)
+            lib.pm_migrate_level(self.native, start, end)
         if start == end and not vma.shared:
             raise affected.invalid(self, "mremap", "old size 0", start, "give the size of what is to move")
         with ExitStack() as undo:
@@ -395,10 +396,12 @@ class MemoryOperations(MmBase):
             yield span
 
     @contextmanager
-    def _migrating(self, what: str, start: int, end: int, owner: Any) -> Iterator[None]:
+    def _migrating(
+        self, what: str, start: int, end: int, owner: Any, event: Event = Event.MIGRATE
+    ) -> Iterator[None]:
         with (
             self._operation(what, start, end, write=False, track=trace.Track.MIGRATION),
-            self._invalidation(start, end, Event.MIGRATE, owner),
+            self._invalidation(start, end, event, owner),
         ):
             yield
 

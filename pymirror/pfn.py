@@ -36,6 +36,12 @@ HMM_PFN_FLAGS = 0x7FF << HMM_PFN_ORDER_SHIFT
 
 _ORDER_MASK = 0x1F
 
+#: PFNs of device-private memory have this bit, which no RAM has: they are beyond what memory there can be, as
+#: the kernel's are.
+_DEVICE = 1 << 51
+#: ... and this one, where a device has exclusive access.
+_EXCLUSIVE = 1 << 50
+
 
 @overload
 def hmm_pfn_to_map_order(pfn: int) -> int: ...
@@ -63,3 +69,28 @@ def hmm_pfn_to_pfn(pfn: int | PfnArray) -> int | PfnArray:
     if isinstance(pfn, np.ndarray):
         return pfn & np.uint64(HMM_PFN_FLAGS ^ 0xFFFF_FFFF_FFFF_FFFF)
     return int(pfn) & ~HMM_PFN_FLAGS
+
+
+@overload
+def is_device_private_pfn(pfn: int) -> bool: ...
+@overload
+def is_device_private_pfn(pfn: PfnArray) -> npt.NDArray[np.bool_]: ...
+def is_device_private_pfn(pfn: int | PfnArray) -> bool | npt.NDArray[np.bool_]:
+    """Whether an HMM pfn, or each of an array, is of device-private memory (is_device_private_page())."""
+    return _has(pfn, _DEVICE | _EXCLUSIVE, _DEVICE)
+
+
+@overload
+def is_device_exclusive_pfn(pfn: int) -> bool: ...
+@overload
+def is_device_exclusive_pfn(pfn: PfnArray) -> npt.NDArray[np.bool_]: ...
+def is_device_exclusive_pfn(pfn: int | PfnArray) -> bool | npt.NDArray[np.bool_]:
+    """Whether an HMM pfn, or each of an array, came from make_device_exclusive()."""
+    return _has(pfn, _DEVICE | _EXCLUSIVE, _DEVICE | _EXCLUSIVE)
+
+
+def _has(pfn: int | PfnArray, mask: int, bits: int) -> bool | npt.NDArray[np.bool_]:
+    if not isinstance(pfn, np.ndarray):
+        return int(pfn) & mask == bits
+    has: npt.NDArray[np.bool_] = (pfn & np.uint64(mask)) == np.uint64(bits)
+    return has

@@ -165,8 +165,9 @@ def hmm_range_fault(
     EBUSY: the sequence moved, begin again with read_begin(), the pfns are unusable. A thread that comes with
     the same sequence once more spins for ever, and gets a RuntimeWarning. EFAULT: a page asked for
     is in a hole or in a vma without access. EPERM: a write to a read-only vma. EINVAL, ENOMEM. ESRCH after
-    close(). EDEADLK in a callback or under a driver lock. ``dev_private_owner`` names whose device-private
-    pages count as present.
+    close(). EDEADLK in a callback or under a driver lock. Pages in the DeviceMemory of
+    ``dev_private_owner`` are valid as they are, with a PFN of their own (is_device_private_pfn()), whatever
+    is asked for; those in other device memory come home when they are faulted.
     """
     what = "hmm_range_fault"
     may_wait(what)
@@ -184,6 +185,7 @@ def hmm_range_fault(
             "pfns": ffi.from_buffer("uint64_t[]", pfns, require_writable=True),
             "default_flags": default_flags,
             "pfn_flags_mask": pfn_flags_mask,
+            "owner": id(dev_private_owner) if dev_private_owner is not None else 0,
             "flags": FAULT,
             "sub": sub.native,
             "seq": seq,

@@ -75,6 +75,10 @@ class World:
         self.array = np.ones(4 * PAGE, np.uint8)
         self.own = mm.adopt(self.array)
         self.vram = pm.DeviceMemory(self.device, PAGE)
+        self.lone = mm.mmap(PAGE)
+        self.exclusive = pm.make_device_exclusive(mm, self.lone.addr, self.device)
+        self.lone_sub = interval(mm, self.lone.addr, 1)
+        assert self.table.map(self.lone_sub, self.lone_sub.read_begin(), self.lone.addr, self.exclusive.pfns)
         self.held = mm.mmap(2 * PAGE)
         self.pin, self.other_pin = (pm.pin_user_pages(mm, self.held.addr, 2) for _ in range(2))
 
@@ -107,6 +111,7 @@ class World:
                 pass
         self.rng.unregister()
         self.sub.remove()
+        self.lone_sub.remove()
         self.whole.unregister()
         self.driver.unregister()
 
@@ -261,6 +266,18 @@ CALLS = [
     _looks("Trace.path", lambda w: w.trace.path),
     _looks("Trace.events", lambda w: w.trace.events),
     _looks("Trace.dropped", lambda w: w.trace.dropped),
+    _changes("make_device_exclusive", lambda w: pm.make_device_exclusive(w.mm, w.start, w.device)),
+    _changes(
+        "make_device_exclusive_range",
+        lambda w: pm.make_device_exclusive_range(w.mm, w.start, w.end, w.device),
+    ),
+    Call("exclusive_pfns", lambda w: pm.exclusive_pfns(w.mm, w.start, w.end), OK, OK, SRCH, SRCH),
+    Call("DeviceExclusive.release", lambda w: w.exclusive.release(), DEADLK, DEADLK),
+    _looks("DeviceExclusive.held", lambda w: w.exclusive.held),
+    _looks("DeviceExclusive.end", lambda w: w.exclusive.end),
+    _changes("Device.atomic_add", lambda w: w.device.atomic_add(w.mm, w.lone.addr, 1)),
+    _changes("Device.compare_and_swap", lambda w: w.device.compare_and_swap(w.mm, w.lone.addr, 1, 2)),
+    Call("DeviceMemory.populate", lambda w: w.vram.populate(w.start, w.end), DEADLK, DEADLK, OK, SRCH),
     Call("DeviceMemory.close", lambda w: w.vram.close(), DEADLK, DEADLK),
     _looks("DeviceMemory.mm", lambda w: w.vram.mm),
     _looks("DeviceMemory.used", lambda w: w.vram.used),
@@ -286,6 +303,8 @@ CALLS = [
     *(_looks(name, run) for name, run in PARAMETERS.items()),
     *(Call(name, run, closed=closed, child=child) for name, (run, closed, child) in RANGES.items()),
     _looks("hmm_pfn_to_pfn", lambda w: pm.hmm_pfn_to_pfn(w.rng.pfns)),
+    _looks("is_device_exclusive_pfn", lambda w: pm.is_device_exclusive_pfn(w.rng.pfns)),
+    _looks("is_device_private_pfn", lambda w: pm.is_device_private_pfn(w.rng.pfns)),
     _looks("hmm_pfn_to_map_order", lambda w: pm.hmm_pfn_to_map_order(w.rng.pfns)),
     *(_looks(f"SwiotlbPool.{name}", lambda w: w.bounce()) for name in ("alloc", "free")),
     _looks("SwiotlbPool.owns", lambda w: w.device.swiotlb.owns(0)),

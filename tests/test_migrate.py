@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 from mirroring import PAGE
-from racing import in_child
-from seams import errno_of
+from racing import in_child, run_child, wait_for
+from seams import errno_of, inject
 
 import pymirror as pm
 
@@ -108,7 +109,7 @@ class TestMigration:
             sub.remove()
         assert told == [
             (pm.Event.MIGRATE, owner, pm.Guarantee.BEFORE),
-            (pm.Event.CLEAR, None, pm.Guarantee.BEFORE),
+            (pm.Event.MIGRATE, owner, pm.Guarantee.BEFORE),
             (pm.Event.MIGRATE, owner, pm.Guarantee.BEFORE),
         ]
 
@@ -146,11 +147,12 @@ class TestMigration:
 
 class TestWhatStays:
     def test_kinds_of_memory(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
-        shared, read_only = patterned(mm, shared=True), patterned(mm)
-        mm.mprotect(read_only.addr, read_only.size, 1)
-        assert to_device(shared, vram) == to_device(read_only, vram) == 0
-        assert intact(shared)
-        assert intact(read_only)
+        fd = os.memfd_create("pymirror-test")
+        os.ftruncate(fd, PAGES * PAGE)
+        kinds = [patterned(mm, shared=True), patterned(mm, shared=True, fd=fd), mm.mmap(PAGES * PAGE, fd=fd)]
+        assert [to_device(buf, vram) for buf in kinds] == [0, 0, 0]
+        assert all(intact(buf) for buf in kinds)
+        os.close(fd)
 
     def test_pinned_pages(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)
@@ -234,10 +236,229 @@ class TestChangesOfMemory:
             vram.close()
 
         assert in_child(child) == 0
-        assert vram.used == 0, "a fork brings all of it home first"
+        assert vram.used == PAGES * PAGE, "they stay where they are"
+        assert intact(buf)
+        assert mm.stats()["device_child_lost"] == 0
+
+    def test_fork_without_its_event(self) -> None:
+        with pm.AddressSpace(disable=["event_fork"]) as mm, pm.DeviceMemory(pm.Device("d7"), pm.MiB) as vram:
+            buf = patterned(mm)
+            to_device(buf, vram)
+            content = pattern(PAGES).tobytes()
+            assert in_child(lambda: ctypes.string_at(buf.addr, buf.size) == content or 1 / 0) == 0
+            assert vram.used == 0, "nobody could copy: they come home first"
+
+    def test_a_child_of_a_child(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        to_device(buf, vram)
+        content = pattern(PAGES).tobytes()
+
+        def grandchild() -> None:
+            assert ctypes.string_at(buf.addr, buf.size) == content
+
+        def child() -> None:
+            with pm.AddressSpace() as own, pm.DeviceMemory(pm.Device("d8"), pm.MiB) as memory:
+                other = patterned(own)
+                to_device(other, memory)
+                assert in_child(lambda: (grandchild(), intact(other) or 1 / 0)) == 0
+                assert intact(other)
+
+        assert in_child(child) == 0
+        assert intact(buf)
+
+
+class TestMemoryThatDoesNotMove:
+    """What UFFDIO_MOVE refuses is taken out by mremap, and copied."""
+
+    def test_read_only(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        mm.mprotect(buf.addr, buf.size, 1)
+        assert to_device(buf, vram) == PAGES
+        assert vram.used == PAGES * PAGE
+        assert bytes(buf[5 * PAGE : 6 * PAGE]) == pattern(PAGES)[5 * PAGE : 6 * PAGE].tobytes()
+        assert vram.used == (PAGES - 1) * PAGE
+        assert pm.migrate_to_system(mm, buf.addr, buf.addr + buf.size) == PAGES - 1
+        assert intact(buf)
+
+    def test_read_only_zero_pages_and_holes(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = mm.mmap(PAGES * PAGE, prot=1)
+        assert bytes(buf[: 4 * PAGE]) == bytes(4 * PAGE)
+        assert to_device(buf, vram) == PAGES
+        assert bytes(buf[:]) == bytes(PAGES * PAGE)
+        assert vram.used == 0
+
+    def test_copies_of_a_file(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        fd = os.memfd_create("pymirror-test")
+        os.write(fd, pattern(PAGES).tobytes())
+        buf = mm.mmap(PAGES * PAGE, fd=fd)
+        buf[3 * PAGE], buf[9 * PAGE] = 1, 2
+        leave = 2 if mm.fault_delivery == "thread" else 0
+        assert to_device(buf, vram) == leave
+        os.pwrite(fd, b"z", 5 * PAGE)
+        assert (buf[3 * PAGE], buf[5 * PAGE], buf[9 * PAGE]) == (1, ord("z"), 2)
+        assert vram.used == 0
+        buf[7 * PAGE] = 7
+        assert os.pread(fd, 1, 7 * PAGE) == pattern(PAGES)[7 * PAGE : 7 * PAGE + 1].tobytes()
+        os.close(fd)
+
+    def test_shared_with_a_child(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        mm.mprotect(buf.addr, buf.size, 1)
+        ready, go = os.pipe(), os.pipe()
+
+        def child() -> None:
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            assert ctypes.string_at(buf.addr, buf.size) == pattern(PAGES).tobytes()
+
+        pid = os.fork()
+        if pid == 0:
+            run_child(child)
+        os.read(ready[0], 1)
+        assert to_device(buf, vram) == PAGES
+        assert intact(buf)
+        os.write(go[1], b"x")
+        assert wait_for(pid) == 0
+        for end in (*ready, *go):
+            os.close(end)
+
+    def test_locked_memory_stays(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mlock(ctypes.c_void_p(buf.addr), ctypes.c_size_t(buf.size)) == 0
+        mm.mprotect(buf.addr, buf.size, 1)
+        assert to_device(buf, vram) == 0
+        assert intact(buf)
+
+    @pytest.mark.parametrize(
+        ("call", "nth"), [("MREMAP", 1), ("MMAP", 1), *(("IOCTL", nth) for nth in range(1, 16))]
+    )
+    def test_a_failed_call_leaves_it_as_it_was(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory, call: str, nth: int
+    ) -> None:
+        buf = patterned(mm)
+        mm.mprotect(buf.addr, buf.size, 1)
+        pm.migrate_to_device(mm, buf.addr, buf.addr + PAGE, vram)
+        with inject(call, nth, tid=threading.get_native_id()), suppress(pm.MirrorError):
+            assert to_device(buf, vram) in (0, PAGES - 1)
         assert intact(buf)
         assert to_device(buf, vram) == PAGES
         assert intact(buf)
+
+
+class TestProtection:
+    """Bits of device pages, as the kernel has them in its entries: see docs/fidelity.md."""
+
+    @staticmethod
+    def snapshot(mm: pm.AddressSpace, buf: pm.Region, owner: object) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        pfns = np.zeros(buf.size // PAGE, np.uint64)
+        sub = pm.IntervalNotifier(mm, buf.addr, buf.size, lambda sub, update, seq: sub.set_seq(seq) or True)
+        pm.hmm_range_fault(
+            sub,
+            buf.addr,
+            buf.addr + buf.size,
+            pfns,
+            seq=sub.read_begin(),
+            dev_private_owner=owner,
+        )
+        sub.remove()
+        return pfns
+
+    def test_the_owner_sees_its_pages(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        to_device(buf, vram)
+        pfns = self.snapshot(mm, buf, vram.owner)
+        assert pm.is_device_private_pfn(pfns).all()
+        assert ((pfns & np.uint64(pm.HMM_PFN_WRITE)) != 0).all()
+        assert np.unique(pm.hmm_pfn_to_pfn(pfns)).size == PAGES
+        assert not self.snapshot(mm, buf, object()).any()
+        assert not self.snapshot(mm, buf, None).any()
+
+    @pytest.mark.parametrize("change", ["mprotect", "fork"])
+    def test_read_only_from_then_on(self, mm: pm.AddressSpace, vram: pm.DeviceMemory, change: str) -> None:
+        buf = patterned(mm)
+        to_device(buf, vram)
+        if change == "fork":
+            assert in_child(lambda: None) == 0
+        else:
+            mm.mprotect(buf.addr, buf.size, 1)
+            mm.mprotect(buf.addr, buf.size, 3)
+        pfns = self.snapshot(mm, buf, vram.owner)
+        assert pm.is_device_private_pfn(pfns).all()
+        assert not (pfns & np.uint64(pm.HMM_PFN_WRITE)).any()
+        assert buf[0] == pattern(PAGES)[0]
+        assert not int(self.snapshot(mm, buf, None)[0]) & pm.HMM_PFN_WRITE
+        buf[0] = 1
+        assert int(self.snapshot(mm, buf, None)[0]) & pm.HMM_PFN_WRITE
+
+
+class TestAccessByTheDevice:
+    """A device reads and writes its own memory where it is."""
+
+    def test_it_stays_there(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf, dev = patterned(mm), vram.device
+        to_device(buf, vram)
+        mapped(mm, buf, vram)
+        assert dev.read(mm, buf.addr, buf.size) == pattern(PAGES).tobytes()
+        dev.write(mm, buf.addr + PAGE - 2, b"over the edge")
+        assert vram.used == buf.size
+        assert mm.stats()["device_faults"] == 0
+        assert bytes(buf[PAGE - 2 : PAGE + 11]) == b"over the edge"
+        assert vram.used == buf.size - 2 * PAGE
+
+    def test_pages_here_and_there(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf, dev = patterned(mm), vram.device
+        for page in range(0, PAGES, 3):
+            pm.migrate_to_device(mm, buf.addr + page * PAGE, buf.addr + (page + 1) * PAGE, vram)
+        mapped(mm, buf, vram)
+        assert dev.read(mm, buf.addr, buf.size) == pattern(PAGES).tobytes()
+        dev.write(mm, buf.addr, pattern(PAGES)[::-1].tobytes())
+        assert bytes(buf[:]) == pattern(PAGES)[::-1].tobytes()
+
+    def test_what_nobody_touched(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf, dev = mm.mmap(PAGES * PAGE), vram.device
+        to_device(buf, vram)
+        mapped(mm, buf, vram)
+        assert dev.read(mm, buf.addr, buf.size) == bytes(buf.size)
+        dev.write(mm, buf.addr + 7, b"first")
+        assert bytes(buf[7:12]) == b"first"
+
+    def test_a_cpu_fault_fences_its_entry(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf, dev = patterned(mm), vram.device
+        to_device(buf, vram)
+        mapped(mm, buf, vram)
+        dev.set_fault_handler(None)
+        buf[2 * PAGE] = 9
+        with pytest.raises(pm.MirrorError) as refused:
+            dev.read(mm, buf.addr + 2 * PAGE, 1)
+        assert refused.value.errno == errno.EFAULT
+        assert dev.read(mm, buf.addr, PAGE) == pattern(PAGES)[:PAGE].tobytes()
+
+
+def mapped(mm: pm.AddressSpace, buf: pm.Region, vram: pm.DeviceMemory) -> None:
+    """Map all of it for the device, its own memory as it is."""
+    pfns = np.zeros(buf.size // PAGE, np.uint64)
+    lock = pm.DriverLock()
+
+    def invalidate(sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, seq: int) -> bool:
+        with lock:
+            sub.set_seq(seq)
+            vram.device.page_table.clear(update.start, update.end)
+        return True
+
+    sub = pm.IntervalNotifier(mm, buf.addr, buf.size, invalidate)
+    seq = sub.read_begin()
+    pm.hmm_range_fault(
+        sub,
+        buf.addr,
+        buf.addr + buf.size,
+        pfns,
+        default_flags=pm.HMM_PFN_REQ_FAULT | pm.HMM_PFN_REQ_WRITE,
+        seq=seq,
+        dev_private_owner=vram.owner,
+    )
+    with lock:
+        assert vram.device.page_table.map(sub, seq, buf.addr, pfns)
 
 
 class TestSystemCalls:

@@ -36,7 +36,7 @@ static void open_with(uint32_t flags)
         memset(mem + i * PAGE, i + 1, PAGE);
     if (!can_migrate(mm, flags))
         return;
-    CHECK_EQ(pm_devmem_create(mm, 64 << 20, &vram), 0);
+    CHECK_EQ(pm_devmem_create(mm, 64 << 20, 7, &vram), 0);
     CHECK(pm_watch(mm, addr_of(mem), addr_of(mem) + PAGES * PAGE, PM_WATCH_EXACT) > 0);
 }
 

@@ -30,7 +30,7 @@ static void set_up(void)
     mm = open_mm_with(&opt);
     vram = NULL;
     if (can_migrate(mm, delivery))
-        CHECK_EQ(pm_devmem_create(mm, 64 << 20, &vram), 0);
+        CHECK_EQ(pm_devmem_create(mm, 64 << 20, 7, &vram), 0);
     mem = new_pages(PAGES);
     for (int i = 0; i < PAGES; i++)
         memset(mem + i * PAGE, i + 1, PAGE);
@@ -143,7 +143,8 @@ static void a_device_is_told_before(void)
     CHECK_EQ(wrong_pages(mem + PAGE, 1, 1), 0);
     CHECK_EQ(pm_sub_read_retry(sub, seq), 1);
     while (pm_event_wait(mm, 0, &event) == 0) {
-        CHECK_EQ(event.type, PM_CLEAR);
+        CHECK_EQ(event.type, PM_MIGRATE);
+        CHECK_EQ(event.owner, 7);
         CHECK_EQ(event.guarantee, PM_BEFORE);
         pm_event_done(mm);
     }
@@ -276,7 +277,7 @@ static void it_ends_where_it_is_full(void)
     uint64_t moved, start, end, from = addr_of(mem);
 
     NEED_VRAM();
-    NEED_EQ(pm_devmem_create(mm, 10 * PAGE, &small), 0);
+    NEED_EQ(pm_devmem_create(mm, 10 * PAGE, 8, &small), 0);
     CHECK_EQ(pm_devmem_next(small, &start, &end), -ENOENT);
     CHECK_EQ(pm_migrate_to_device(small, from, from + PAGES * PAGE, &moved), -ENOSPC);
     CHECK_EQ(moved, 10);
