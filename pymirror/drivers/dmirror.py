@@ -1,7 +1,7 @@
 """dmirror: the kernel's HMM test device (lib/test_hmm.c) as a driver on the public API.
 
 A `Dmirror` is what an open /dev/hmm_dmirrorN is: a page table of its own, filled by device faults, and one
-interval notifier over the whole address space. Its commands are the test device's READ, WRITE and SNAPSHOT.
+interval notifier over the whole address space, and memory of its own. Its commands are the test device's.
 
 It copies Linux 6.12's device with its peculiarities, because recordings bear them out. They stand in `Quirks`
 and nowhere else; a driver of one's own should not imitate them.
@@ -11,32 +11,45 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from mmap import PROT_READ as PROT_READ_ACCESS
 
 import numpy as np
 import numpy.typing as npt
 
 from ..device import Device, DeviceFault
+from ..device_memory import DeviceMemory
 from ..errors import MirrorError, error
-from ..event import Guarantee, MmuNotifierRange
+from ..event import Event, Guarantee, MmuNotifierRange
+from ..exclusive import exclusive_pfns, make_device_exclusive_range
 from ..hmm import hmm_range_fault
 from ..lock import DriverLock
+from ..migrate import migrate_to_device, migrate_to_system
 from ..mm import AddressSpace
 from ..notifier import IntervalNotifier
+from ..page_table import PM_ENTRY_VALID
 from ..pfn import (
     HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    PfnArray,
     hmm_pfn_to_map_order,
     hmm_pfn_to_pfn,
+    is_device_exclusive_pfn,
+    is_device_private_pfn,
 )
+from ..vma import find_vma
+from .kpageflags import in_large_folio
 
 PAGE = 4096
 WHOLE_MM = 1 << 64
+MEMORY_SIZE = 256 << 20
+PMD_SIZE = 2 << 20
 
 PROT_ERROR = 0xFF
 PROT_NONE = 0x00
@@ -44,6 +57,7 @@ PROT_READ = 0x01
 PROT_WRITE = 0x02
 PROT_PMD = 0x04
 PROT_ZERO = 0x10
+PROT_DEV_PRIVATE_LOCAL = 0x20
 
 _PMD_ORDER = 9
 
@@ -59,8 +73,15 @@ class Quirks:
                             exclusive end for the last page of the interval.
     fault_to_end            A device fault populates everything from the missing page to the end of the
                             command's request, asking for the same access everywhere, not the missing run.
-    snapshot_as_owner       A snapshot names the device as the owner of device-private pages; a range fault
-                            does not, so it brings the device's own pages home.
+    faults_rest_of_pmd      Where a range fault finds a page wanting, it touches all that follows in the call
+                            and in the 2 MiB (hmm_vma_fault()): the device's own pages there come home.
+    own_migrations          An invalidation by a migration to or from the device's own memory drops the
+                            entries of the pages that move and no others.
+    clears_new_pages        Pages that were never touched get memory of the device, cleared, when they
+                            migrate; they come home as pages of zeroes, not as holes.
+    mapped_folios_stay      Pages of a large folio that no PMD maps as a whole do not migrate, and are not
+                            had exclusively.
+    setup_splits            A migration home, too, splits the huge pages that it looks at.
     fault_timeout           Seconds in which a range fault is tried again before it is EBUSY.
     ======================  ==============================================================================
     """
@@ -68,7 +89,11 @@ class Quirks:
     chunk_pages: int = 64
     overrun_pages: int = 1
     fault_to_end: bool = True
-    snapshot_as_owner: bool = True
+    faults_rest_of_pmd: bool = True
+    own_migrations: bool = True
+    clears_new_pages: bool = True
+    mapped_folios_stay: bool = True
+    setup_splits: bool = True
     fault_timeout: float = 1.0
 
 
@@ -92,6 +117,9 @@ class _Request:
     faults: int = 0
 
 
+_Pages = npt.NDArray[np.uint64]
+
+
 class Dmirror:
     """One open test device mirroring `mm`.
 
@@ -107,11 +135,13 @@ class Dmirror:
         self.device = Device(name)
         self.lock = DriverLock()
         self._request: _Request | None = None
+        self.memory = DeviceMemory(self.device, MEMORY_SIZE)
         self.device.set_fault_handler(self._device_fault)
         self.notifier = IntervalNotifier(mm, 0, WHOLE_MM, self._invalidate)
 
     def close(self) -> None:
-        """Stop mirroring. Idempotent."""
+        """Stop mirroring; pages in the device's memory come home. Idempotent."""
+        self.memory.close()
         self.notifier.remove()
         self.device.page_table.clear(0, WHOLE_MM)
 
@@ -130,15 +160,137 @@ class Dmirror:
 
     def snapshot(self, addr: int, npages: int) -> Result:
         """SNAPSHOT: one PROT_* byte a page, faulting nothing."""
-        owner = self.device if self.quirks.snapshot_as_owner else None
         protections = b"".join(
-            self._protections(self._range_fault(start, end, flags=0, program=False, owner=owner))
+            self._protections(self._range_fault(start, end, flags=0))
             for start, end in self._chunks(addr, addr + npages * PAGE)
         )
         return Result(npages, data=protections)
 
+    def migrate_to_dev(self, addr: int, npages: int) -> Result:
+        """MIGRATE_TO_DEV: pages move into the device's memory; gives what the device then reads there.
+
+        EINVAL at a hole or a vma that cannot be read or has huge pages of hugetlb, after what precedes it has
+        moved. ENOENT: not all of it is mapped by the device now.
+        """
+        staying = self._in_mapped_folio(addr, addr + npages * PAGE)
+        self._migrate(addr, npages, partial(self._out, staying))
+        return self._read_back(addr, npages)
+
+    def migrate_to_sys(self, addr: int, npages: int) -> Result:
+        """MIGRATE_TO_SYS: what is in this device's memory comes home; cpages is the number that moved."""
+        return Result(self._migrate(addr, npages, self._home))
+
+    def exclusive(self, addr: int, npages: int) -> Result:
+        """EXCLUSIVE: the device has the pages to itself until the CPU touches them; gives what it reads
+        there.
+
+        EBUSY: not all of them could be had.
+        """
+        self._detect(addr, addr + npages * PAGE)
+        for start, end in self._chunks(addr, addr + npages * PAGE):
+            self._take(start, end)
+        return self._read_back(addr, npages)
+
+    def _take(self, start: int, end: int) -> None:
+        if self._in_mapped_folio(start, end).size:
+            raise error(errno.EBUSY, "dmirror: exclusive access to a part", addr=start, mm=self.mm)
+        try:
+            pfns = make_device_exclusive_range(self.mm, start, end, None).pfns
+        except MirrorError as refused:
+            raise error(errno.EBUSY, "dmirror: exclusive access", addr=start, mm=self.mm) from refused
+        self.mm.sync()
+        if not pfns.all():
+            raise error(errno.EBUSY, "dmirror: exclusive access to a part", addr=start, mm=self.mm)
+        # To READ they are like others, a WRITE faults.
+        pfns &= np.uint64(~HMM_PFN_WRITE & (1 << 64) - 1)
+        seq = self.notifier.read_begin(self.quirks.fault_timeout)
+        with self.lock:
+            self.device.page_table.map(self.notifier, seq, start, pfns)
+
+    def check_exclusive(self, addr: int, npages: int) -> Result:
+        """CHECK_EXCLUSIVE: EPERM while the device has one of the pages to itself."""
+        self.mm.sync()
+        entries = self.device.page_table.entries(addr, addr + npages * PAGE)
+        entries = entries[(entries & np.uint64(PM_ENTRY_VALID)) != 0]
+        if is_device_exclusive_pfn(entries).any():
+            raise error(errno.EPERM, "dmirror: pages are exclusive still", addr=addr, mm=self.mm)
+        return Result(0)
+
+    def _split(self, start: int, end: int) -> None:
+        """A page that goes away and comes back splits the huge page that it is part of."""
+        pfns = self._range_fault(start, end, flags=0)
+        huge = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & (hmm_pfn_to_map_order(pfns) == _PMD_ORDER)
+        for page in np.flatnonzero(huge)[:1]:
+            addr = start + int(page) * PAGE
+            migrate_to_device(self.mm, addr, addr + PAGE, self.memory)
+            migrate_to_system(self.mm, addr, addr + PAGE, self.memory)
+
+    def _read_back(self, addr: int, npages: int) -> Result:
+        """What the device reads, without a fault: ENOENT where it has no entry."""
+        self._detect(addr, addr + npages * PAGE)
+        entries = self.device.page_table.entries(addr, addr + npages * PAGE)
+        if not (entries & np.uint64(PM_ENTRY_VALID)).all():
+            raise error(errno.ENOENT, "dmirror: not all pages are on the device", addr=addr, mm=self.mm)
+        return Result(npages, data=self.device.read(self.mm, addr, npages * PAGE))
+
+    def _migrate(self, addr: int, npages: int, move: Callable[[int, int], int]) -> int:
+        """Vma by vma, and in a vma in chunks, keeping the device's entries of pages that stay."""
+        self.mm.sync()
+        end, moved = addr + npages * PAGE, 0
+        while addr < end:
+            vma = find_vma(self.mm.native, addr)
+            if vma is None or addr not in vma or not vma.prot & PROT_READ_ACCESS or vma.hugetlb:
+                raise error(errno.EINVAL, "dmirror: memory that does not migrate", addr=addr, mm=self.mm)
+            last = min(end, vma.end, addr + self.quirks.chunk_pages * PAGE)
+            moved += self._migrate_chunk(addr, last, move)
+            addr = last
+        return moved
+
+    def _migrate_chunk(self, start: int, end: int, move: Callable[[int, int], int]) -> int:
+        self._detect(start, end)
+        there = is_device_private_pfn(self._range_fault(start, end, flags=0))
+        before = self.device.page_table.entries(start, end)
+        moved = move(start, end)
+        self.mm.sync()
+        if self.quirks.own_migrations:
+            self._range_fault(start, end, flags=0, choose=partial(self._keep, start, before, there))
+        return moved
+
+    def _keep(self, start: int, before: PfnArray, there: npt.NDArray[np.bool_], pfns: PfnArray) -> PfnArray:
+        """What has come into the device's memory, and what the device had mapped and is what it was."""
+        pfns = pfns | exclusive_pfns(self.mm, start, start + pfns.size * PAGE)
+        new = is_device_private_pfn(pfns) & ~there
+        same = (before & pfns & np.uint64(PM_ENTRY_VALID)) != 0
+        same &= hmm_pfn_to_pfn(before) == hmm_pfn_to_pfn(pfns)
+        readonly = same & ~new & ((before & np.uint64(HMM_PFN_WRITE)) == 0)
+        kept = np.where(new | same, pfns, np.uint64(0))
+        kept[readonly] &= np.uint64(~HMM_PFN_WRITE & (1 << 64) - 1)
+        return kept
+
+    def _out(self, staying: _Pages, start: int, end: int) -> int:
+        moved = sum(migrate_to_device(self.mm, *piece, self.memory) for piece in _others(staying, start, end))
+        if self.quirks.clears_new_pages:
+            self.memory.populate(start, end)
+        return moved
+
+    def _in_mapped_folio(self, start: int, end: int) -> _Pages:
+        """The addresses of pages that are part of a large folio, and mapped one by one."""
+        if not self.quirks.mapped_folios_stay:
+            return np.zeros(0, np.uint64)
+        pfns = self._range_fault(start, end, flags=0)
+        mapped = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & ~is_device_private_pfn(pfns)
+        pages = np.flatnonzero(mapped & (hmm_pfn_to_map_order(pfns) == 0))
+        pages = pages[in_large_folio(hmm_pfn_to_pfn(pfns[pages]))]
+        return np.uint64(start) + pages.astype(np.uint64) * np.uint64(PAGE)
+
+    def _home(self, start: int, end: int) -> int:
+        if self.quirks.setup_splits:
+            self._split(start, end)
+        return migrate_to_system(self.mm, start, end, self.memory)
+
     @contextmanager
     def _command(self, addr: int, npages: int) -> Iterator[_Request]:
+        self.mm.sync()
         self._detect(addr, addr + npages * PAGE)
         self._request = _Request(addr + npages * PAGE)
         try:
@@ -167,26 +319,70 @@ class Dmirror:
         end = request.end if request is not None and self.quirks.fault_to_end else fault.addr + PAGE
         flags = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if fault.write else 0)
         for first, last in self._chunks(fault.addr, end):
-            self._range_fault(first, last, flags=flags, program=True)
+            choose = _until_readonly if fault.write else _all
+            if self.quirks.faults_rest_of_pmd:
+                self._touch_rest(first, last, flags)
+            pfns = self._range_fault(first, last, flags=flags, choose=choose)
+            if fault.write and (choose(pfns) == 0).any():
+                raise error(
+                    errno.EFAULT, "dmirror: its own memory, mapped read-only", addr=fault.addr, mm=self.mm
+                )
         if request is not None:
             request.faults += 1
 
+    def _touch_rest(self, start: int, end: int, flags: int) -> None:
+        pfns = self._range_fault(start, end, flags=0)
+        own = is_device_private_pfn(pfns)
+        wanting = ~own & ((pfns & np.uint64(flags)) != np.uint64(flags))
+        for first, last in self._walks(start, end):
+            at = (first - start) // PAGE + np.flatnonzero(
+                wanting[(first - start) // PAGE : (last - start) // PAGE]
+            )
+            if not at.size:
+                continue
+            for page in np.flatnonzero(own[at[0] : (last - start) // PAGE]) + at[0]:
+                addr = start + int(page) * PAGE
+                migrate_to_system(self.mm, addr, addr + PAGE, self.memory)
+
+    def _walks(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The pieces of [start, end) that are walked as one, of one vma and one 2 MiB range, up to a hole."""
+        while start < end:
+            vma = find_vma(self.mm.native, start)
+            if vma is None or start not in vma or not vma.prot & PROT_READ_ACCESS:
+                return
+            last = min(end, vma.end, (start // PMD_SIZE + 1) * PMD_SIZE)
+            yield start, last
+            start = last
+
     def _range_fault(
-        self, start: int, end: int, *, flags: int, program: bool, owner: object = None
-    ) -> npt.NDArray[np.uint64]:
-        """hmm_range_fault() with the retry rule. Gives the pfns; with `program` makes entries of them."""
+        self,
+        start: int,
+        end: int,
+        *,
+        flags: int,
+        choose: Callable[[PfnArray], PfnArray] | None = None,
+    ) -> PfnArray:
+        """hmm_range_fault() with the retry rule. Gives the pfns; maps those that `choose` leaves."""
         pfns = np.zeros((end - start) // PAGE, np.uint64)
         deadline = time.monotonic() + self.quirks.fault_timeout
         while True:
+            # What came home for this fault is told of late: its callback must not drop what is mapped next.
+            self.mm.sync()
             seq = self.notifier.read_begin(self.quirks.fault_timeout)
             try:
                 hmm_range_fault(
-                    self.notifier, start, end, pfns, default_flags=flags, seq=seq, dev_private_owner=owner
+                    self.notifier,
+                    start,
+                    end,
+                    pfns,
+                    default_flags=flags,
+                    seq=seq,
+                    dev_private_owner=self.device,
                 )
                 with self.lock:
-                    if program and self.device.page_table.map(self.notifier, seq, start, pfns):
+                    if choose is None and not self.notifier.read_retry(seq):
                         return pfns
-                    if not program and not self.notifier.read_retry(seq):
+                    if choose and self.device.page_table.map(self.notifier, seq, start, choose(pfns)):
                         return pfns
             except MirrorError as refused:
                 if refused.errno != errno.EBUSY:
@@ -199,8 +395,9 @@ class Dmirror:
             return False
         try:
             sub.set_seq(cur_seq)
-            end = min(update.end + self.quirks.overrun_pages * PAGE, WHOLE_MM)
-            self.device.page_table.clear(update.start, end)
+            own = update.event is Event.MIGRATE and update.owner is self.device
+            overrun = 0 if own and self.quirks.own_migrations else self.quirks.overrun_pages
+            self.device.page_table.clear(update.start, min(update.end + overrun * PAGE, WHOLE_MM))
         finally:
             self.lock.release()
         return True
@@ -214,6 +411,29 @@ class Dmirror:
         if zero := self.mm.features.zero_pfn:
             protections |= np.where(hmm_pfn_to_pfn(pfns) == zero, PROT_ZERO, 0)
         protections |= np.where(hmm_pfn_to_map_order(pfns) == _PMD_ORDER, PROT_PMD, 0)
+        protections |= np.where(is_device_private_pfn(pfns), PROT_DEV_PRIVATE_LOCAL, 0)
         protections = np.where(valid, protections, PROT_NONE)
         protections = np.where((pfns & HMM_PFN_ERROR) != 0, PROT_ERROR, protections)
         return protections.astype(np.uint8).tobytes()
+
+
+def _others(staying: _Pages, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of [start, end) lies between the pages at these addresses."""
+    inside = staying[(staying >= start) & (staying < end)].tolist()
+    for first, last in zip([start, *(page + PAGE for page in inside)], [*inside, end], strict=True):
+        if first < last:
+            yield first, last
+
+
+def _all(pfns: PfnArray) -> PfnArray:
+    return pfns
+
+
+def _until_readonly(pfns: PfnArray) -> PfnArray:
+    """The pfns before the first that may not be written: memory of the device itself is not faulted."""
+    readonly = np.flatnonzero((pfns & np.uint64(HMM_PFN_WRITE)) == 0)
+    if not readonly.size:
+        return pfns
+    pfns = pfns.copy()
+    pfns[readonly[0] :] = 0
+    return pfns

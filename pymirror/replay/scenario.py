@@ -29,6 +29,10 @@ SUPPORTED_STEPS = frozenset(
         "dev_read",
         "dev_write",
         "snapshot",
+        "migrate_to_dev",
+        "migrate_to_sys",
+        "exclusive",
+        "check_exclusive",
     }
 )
 

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..drivers.dmirror import Dmirror
+from ..drivers.dmirror import Dmirror, Result
 from ..mm import AddressSpace
 from ..region import Region
 from .child import ForkedChild
 from .evidence import RawPage, read_pages
+from .hugezero import split_huge_zero_pages
+from .placement import mapping_end
 from .scenario import Step, compress
 
 PROT_NONE = 0
@@ -32,18 +34,17 @@ ADVICE = {"DONTNEED": 4, "REMOVE": 9, "POPULATE_READ": 22, "POPULATE_WRITE": 23}
 MADV_NOHUGEPAGE = 15
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 FILE_BASE = 0x40
-# Fault-around maps the aligned 64 KiB around a touch, so what a read brings in depends on where the mapping
-# stands. In the recordings mappings of files end 14 pages into such a block, and what moves begins there
-# again: every scenario that shows it agrees.
-FILE_END = 14 * PAGE
 DEVICES = 2
 DEVICE_FILL = 0xEE
 
 
 class Stage:
-    """Where a scenario plays. Use it as a context manager: on leaving, nothing of it is left behind."""
+    """Where a scenario, by its id, plays. Use it as a context manager: on leaving, nothing of it is left
+    behind.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, scenario: str = "") -> None:
+        self._file_end = mapping_end(scenario)
         self._mm = AddressSpace()
         self._regions: list[Region] = []
         self._fds: list[int] = []
@@ -66,6 +67,10 @@ class Stage:
             "dev_read": self._dev_read,
             "dev_write": self._dev_write,
             "snapshot": self._snapshot,
+            "migrate_to_dev": self._migrate_to_dev,
+            "migrate_to_sys": self._migrate_to_sys,
+            "exclusive": self._exclusive,
+            "check_exclusive": self._check_exclusive,
         }
 
     def __enter__(self) -> Stage:
@@ -125,7 +130,7 @@ class Stage:
             region = self._mm.mmap(size, prot=prot, shared=True)
         else:
             region = self._mm.mmap(size, prot=prot, shared=kind == "file_shared", fd=self._file(size))
-        return self._move(region.addr, size, FILE_END - size)
+        return self._move(region.addr, size, self._file_end - size)
 
     def _file(self, size: int) -> int:
         fd = os.memfd_create("pymirror-replay")
@@ -146,6 +151,8 @@ class Stage:
         return outcome
 
     def _madvise(self, step: Step) -> dict[str, Any]:
+        if step["advice"] == "POPULATE_WRITE":
+            self._split_zero(step)
         with _errno() as outcome:
             self._mm.madvise(*self._span(step), ADVICE[step["advice"]])
         return outcome
@@ -153,7 +160,7 @@ class Stage:
     def _mremap(self, _step: Step) -> dict[str, Any]:
         size = self._npages * PAGE
         with _errno() as outcome:
-            moved = self._move(self._addr, size, self._addr + size)
+            moved = self._move(self._addr, size, self._addr - size)
             self._regions.append(moved)
             self._addr = moved.addr
         return outcome
@@ -165,8 +172,14 @@ class Stage:
             return self._mm.mremap(addr, size, size, flags=MREMAP_MAYMOVE | MREMAP_FIXED, new_addr=place)
 
     def _cpu_write(self, step: Step) -> dict[str, Any]:
+        self._split_zero(step)
         self._first_bytes(step)[:] = _counting(step)
         return {}
+
+    def _split_zero(self, step: Step) -> None:
+        addr, size = self._span(step)
+        if self._kind == "thp":
+            split_huge_zero_pages(self._mm, addr, addr + size)
 
     def _cpu_read(self, step: Step) -> dict[str, Any]:
         return {"data": compress(self._first_bytes(step).tobytes(), counting=True)}
@@ -197,9 +210,28 @@ class Stage:
     def _dev_write(self, step: Step) -> dict[str, Any]:
         pages = np.full((step["count"], PAGE), DEVICE_FILL, np.uint8)
         pages[:, 0] = _counting(step)
+        self._split_zero(step)
         with _errno() as outcome:
             result = self._mirrors[step["dev"]].write(self._at(step["page"]), pages.tobytes())
             outcome |= {"cpages": result.cpages, "faults": result.faults}
+        return outcome
+
+    def _migrate_to_dev(self, step: Step) -> dict[str, Any]:
+        return self._counted(step, self._mirrors[step["dev"]].migrate_to_dev)
+
+    def _migrate_to_sys(self, step: Step) -> dict[str, Any]:
+        return self._counted(step, self._mirrors[step["dev"]].migrate_to_sys)
+
+    def _exclusive(self, step: Step) -> dict[str, Any]:
+        self._split_zero(step)
+        return self._counted(step, self._mirrors[step["dev"]].exclusive)
+
+    def _check_exclusive(self, step: Step) -> dict[str, Any]:
+        return self._counted(step, self._mirrors[step["dev"]].check_exclusive)
+
+    def _counted(self, step: Step, command: Callable[[int, int], Result]) -> dict[str, Any]:
+        with _errno() as outcome:
+            outcome["cpages"] = command(self._at(step["page"]), step["count"]).cpages
         return outcome
 
     def _snapshot(self, step: Step) -> dict[str, Any]:
