@@ -42,6 +42,7 @@ class FaultReason(StrEnum):
     FENCED = "fenced"
     STALE = "stale"
     CHANGED = "changed"
+    ATOMIC = "atomic"
 
 
 _REASONS = {
@@ -50,6 +51,7 @@ _REASONS = {
     lib.PM_FAULT_FENCED: FaultReason.FENCED,
     lib.PM_FAULT_STALE: FaultReason.STALE,
     lib.PM_FAULT_CHANGED: FaultReason.CHANGED,
+    lib.PM_FAULT_ATOMIC: FaultReason.ATOMIC,
 }
 
 
@@ -58,8 +60,9 @@ class DeviceFault:
     """A device fault, for the driver's handler.
 
     ``addr`` is the page that the table does not serve, ``end`` the end (page-aligned) of what the access
-    still needs, ``write`` the access. ``reason``: no entry (missing), a write through a read-only entry
-    (readonly), an entry invalidated whose callback has not run yet (fenced).
+    still needs, ``write`` the access, ``atomic`` whether it is an atomic. ``reason``: no entry (missing), a
+    write through a read-only entry (readonly), an entry invalidated whose callback has not run yet (fenced),
+    an atomic on memory that the CPU uses too (atomic): make_device_exclusive(), or migrate it.
     """
 
     device: Device
@@ -68,6 +71,7 @@ class DeviceFault:
     end: int
     write: bool
     reason: FaultReason
+    atomic: bool = False
 
 
 FaultHandler = Callable[[DeviceFault], Any]
@@ -88,6 +92,8 @@ class DeviceStats:
     missing: int = 0
     readonly: int = 0
     fenced: int = 0
+    atomic: int = 0
+    atomics: int = 0
     stale: int = 0
     detected: int = 0
     redone: int = 0
@@ -95,7 +101,7 @@ class DeviceStats:
     @property
     def faults(self) -> int:
         """Device faults that were given to the handler."""
-        return self.missing + self.readonly + self.fenced
+        return self.missing + self.readonly + self.fenced + self.atomic
 
 
 class StaleAccessError(MirrorError):
@@ -192,6 +198,51 @@ class Device(DmaDevice):
         with ffi.from_buffer(data) as memory:
             self._access(mm, addr, memory, True)
 
+    def atomic_add(self, mm: AddressSpace, addr: int, value: int, size: int = 8) -> int:
+        """Add value to the unsigned little-endian word of ``size`` bytes, 4 or 8, at addr; gives what was
+        there.
+
+        It wraps. No thread of the CPU sees a part of it: the page is in device memory, or the device has it
+        to itself (make_device_exclusive()). Else it is a device fault with ``atomic``. EINVAL: misaligned.
+        Errors otherwise as read_into().
+        """
+        return self._atomic(mm, addr, size, lib.PM_ATOMIC_ADD, value)
+
+    def compare_and_swap(self, mm: AddressSpace, addr: int, expected: int, value: int, size: int = 8) -> int:
+        """Store value at addr if the word there is ``expected``; gives what was there. As atomic_add()."""
+        return self._atomic(mm, addr, size, lib.PM_ATOMIC_CAS, value, expected)
+
+    def _atomic(
+        self, mm: AddressSpace, addr: int, size: int, op: int, operand: int, expected: int = 0
+    ) -> int:
+        what = f"{self.name}: atomic"
+        may_wait(what)
+        self.page_table.check_mm(mm, what)
+        addr = check_access(mm, what, addr, size)
+        if size not in (4, 8) or addr % size:
+            raise error(
+                errno.EINVAL,
+                f"{what}: {size} bytes",
+                addr=addr,
+                mm=mm,
+                hint="4 or 8 bytes, naturally aligned",
+            )
+        mask = (1 << 8 * size) - 1
+        atomic = ffi.new("struct pm_atomic *", {"addr": addr, "size": size, "op": op})
+        atomic.operand, atomic.expected = operator.index(operand) & mask, operator.index(expected) & mask
+        faults = _Patience(self.fault_timeout)
+        while True:
+            ret = self.page_table._atomic(mm, atomic)
+            if ret == 0:
+                with self._stats_lock:
+                    self.stats.atomics += 1
+                return int(atomic.old)
+            if ret != -errno.EFAULT:
+                mm._check_here(what)
+                raise error(-ret, what, addr=addr, mm=mm)
+            faults.again(mm, what, atomic)
+            faults.refused = self._fault(mm, atomic, addr + size, what, atomic=True)
+
     def _access(self, mm: AddressSpace, addr: int, memory: Any, write: bool) -> None:
         what = f"{self.name}: {'write' if write else 'read'}"
         may_wait(what)
@@ -237,10 +288,12 @@ class Device(DmaDevice):
             ):
                 faults.refused = self._fault(mm, access, addr + size, what)
 
-    def _fault(self, mm: AddressSpace, access: Any, end: int, what: str) -> MirrorError | None:
+    def _fault(
+        self, mm: AddressSpace, access: Any, end: int, what: str, atomic: bool = False
+    ) -> MirrorError | None:
         reason = _REASONS[access.fault]
         page = access.fault_start
-        write = bool(access.write)
+        write = atomic or bool(access.write)
         self._count_fault(reason)
         if reason is FaultReason.STALE:
             seq = access.fence_seq
@@ -250,7 +303,8 @@ class Device(DmaDevice):
         if reason is FaultReason.CHANGED:
             detected(mm, page, access.fault_end)
             return None
-        return self._serve(DeviceFault(self, mm, page, -(-end // PAGE_SIZE) * PAGE_SIZE, write, reason), what)
+        last = -(-end // PAGE_SIZE) * PAGE_SIZE
+        return self._serve(DeviceFault(self, mm, page, last, write, reason, atomic), what)
 
     def _serve(self, fault: DeviceFault, what: str) -> MirrorError | None:
         if self._handler is None:

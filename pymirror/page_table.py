@@ -208,6 +208,13 @@ class PageTable:
         access.fault_end = access.fault_start + PAGE_SIZE
         return -errno.EFAULT
 
+    def _atomic(self, mm: AddressSpace, atomic: Any) -> int:
+        """pm_access_atomic(), for Device: 0 or a negative errno. As access()."""
+        ret = int(lib.pm_access_atomic(self._native, atomic))
+        if ret != -errno.ESRCH or lib.pm_mm_alive(mm.native) != 1 or self.mm is mm:
+            return ret
+        return -errno.EFAULT
+
     def _remember(self, mm: AddressSpace, start: int, end: int, seq: int) -> None:
         if self._mm is None or self._mm() is not mm:
             self._mm = weakref.ref(mm)

@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * exclusive.c - pages that a device has to itself, for atomics: make_device_exclusive().
+ *
+ * The kernel takes the page's mapping away until the CPU touches it again. Here the page moves, without a
+ * copy, to an arena that is nobody's device memory, and a touch of the CPU brings it back. Device writes and
+ * atomics that are under way are waited for first, so the CPU sees all of each or nothing.
+ */
+#include <errno.h>
+
+#include "access.h"
+#include "devmem.h"
+#include "inline.h"
+#include "populate.h"
+#include "table.h"
+
+int pm_exclusive_create(pm_mm *mm, uint64_t size, pm_devmem **ret)
+{
+    int err = pm_devmem_create(mm, size, 0, ret);
+
+    if (err)
+        return err;
+    pm_lock(mm);
+    (*ret)->exclusive = true;
+    mm->devices->exclusive = *ret;
+    pm_unlock(mm);
+    return 0;
+}
+
+/* How far memory goes that may be written, and is not of huge pages that cannot be split. */
+static uint64_t writable_end(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    const uint64_t mask = PM_VMA_WRITE | PM_VMA_HUGETLB | PM_VMA_SPECIAL;
+    struct pm_vma vma;
+
+    while (start < end && pm_vma_query(mm, start, &vma) == 0 && vma.start <= start &&
+           (vma.flags & mask) == PM_VMA_WRITE)
+        start = vma.end;
+    return pm_min(start, end);
+}
+
+/* As get_user_pages(FOLL_WRITE) does: bytes from start on that are there, and this process's own. */
+static int fault_pages(struct pm_mm *mm, uint64_t start, uint64_t *end)
+{
+    int err = pm_populate(mm, start, *end, true);
+
+    if (!err)
+        return 0;
+    for (uint64_t addr = start; addr < *end; addr += PM_PAGE_SIZE) {
+        err = pm_populate(mm, addr, addr + PM_PAGE_SIZE, true);
+        if (!err)
+            continue;
+        *end = addr;
+        return addr > start ? 0 : err;
+    }
+    return 0;
+}
+
+static void read_pfns(struct pm_devmem *arena, uint64_t start, uint64_t n, uint64_t *pfns)
+{
+    struct pm_devices *devices = arena->mm->devices;
+
+    pm_lock(arena->mm);
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t *entry = pm_resident_at(devices, start + (i << PM_PAGE_SHIFT), false);
+
+        pfns[i] = 0;
+        if (entry && *entry && pm_devmem_of(devices, *entry) == arena)
+            pfns[i] = PM_PFN_VALID | PM_PFN_WRITE | pm_slot_pfn(devices, pm_page_down(*entry));
+    }
+    pm_unlock(arena->mm);
+}
+
+int pm_exclusive(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns)
+{
+    struct pm_mm *mm = arena->mm;
+    uint64_t n = (end - start) >> PM_PAGE_SHIFT, last, moved = 0;
+    int err = pm_is_interval(start, end) ? pm_mm_enter(mm) : -EINVAL;
+
+    if (err)
+        return err;
+    last = writable_end(mm, start, end);
+    pm_home_touch(mm, start, last);
+    err = start < last ? fault_pages(mm, start, &last) : -EFAULT;
+    if (!err)
+        err = pm_inline_join(mm);
+    if (!err) {
+        pthread_mutex_lock(&mm->watch_lock);
+        err = pm_move_out(arena, start, last, &moved);
+        pthread_mutex_unlock(&mm->watch_lock);
+    }
+    read_pfns(arena, start, n, pfns);
+    pm_mm_exit(mm);
+    return err;
+}
+
+int pm_exclusive_pfns(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns)
+{
+    int err = pm_is_interval(start, end) ? pm_mm_check(arena->mm) : -EINVAL;
+
+    if (!err)
+        read_pfns(arena, start, (end - start) >> PM_PAGE_SHIFT, pfns);
+    return err;
+}
