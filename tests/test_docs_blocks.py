@@ -37,7 +37,10 @@ ELSEWHERE = {
     ("docs/doctor.md", "pymirror inspect 4242"): "test_docs_doctor.py::test_inspect_of_a_process_that_hangs",
 }
 #: Features that a page's programs are about.
-PAGE_NEEDS = {"device-memory.md": ("uffd_kernel", "uffd_events", "move", "pagemap")}
+PAGE_NEEDS = {
+    "device-memory.md": ("uffd_kernel", "uffd_events", "move", "pagemap"),
+    "drivers.md": ("uffd_kernel", "uffd_events", "move", "pagemap"),
+}
 KINDS = {"python", "text", "c", "drawing", "shell"}
 #: Prepended to the statements of a C block; they run with memory that is mirrored, at `addr`, `len`.
 C_FRAME = (TESTS / "docpages_frame.c").read_text()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""Device memory of shared virtual memory: which ranges move there, and which make room (``drm_pagemap``)."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import MirrorError, error
+from ..lock import DriverLock
+from ..migrate import migrate_to_device, migrate_to_system
+from ..walk import PAGE_SHIFT
+from .svm_range import SvmContext, SvmRange, SvmStats
+
+if TYPE_CHECKING:
+    from ..device_memory import DeviceMemory
+    from ..mm import AddressSpace
+
+_TRIES = 3
+
+
+class SvmDevmem:
+    """``vram``, None for none, and the ranges of a driver in it. One thread at a time uses it.
+
+    Flags of ranges are changed under ``lock``. ``clock`` gives seconds, for the timeslice.
+    """
+
+    def __init__(
+        self,
+        mm: AddressSpace,
+        vram: DeviceMemory | None,
+        lock: DriverLock,
+        stats: SvmStats,
+        clock: Callable[[], float],
+    ) -> None:
+        self.mm = mm
+        self.vram = vram
+        self._lock = lock
+        self._stats = stats
+        self._clock = clock
+        self._there: dict[SvmRange, None] = {}
+
+    def migrate(self, rng: SvmRange, ctx: SvmContext) -> bool:
+        """drm_gpusvm_migrate_to_devmem(), if it should be there and is not; whether anything moved.
+
+        EBUSY: ``devmem_only``, and some of it does not move in three tries.
+        """
+        if self.vram is None or not ctx.devmem_possible or rng.resident:
+            return False
+        if not ctx.devmem_only:
+            return self._move(self.vram, rng, ctx) > 0
+        for _ in range(_TRIES):
+            # So that what moves is counted as a whole.
+            self.evict(rng)
+            if self._move(self.vram, rng, ctx) == len(rng) >> PAGE_SHIFT:
+                return True
+        raise error(
+            errno.EBUSY,
+            f"svm: {rng!r} does not move to device memory as a whole",
+            addr=rng.start,
+            mm=self.mm,
+            hint="unpin it, make room, or serve it without devmem_only",
+        )
+
+    def evict(self, rng: SvmRange) -> int:
+        """drm_gpusvm_range_evict(): bring its pages home; how many came."""
+        self._there.pop(rng, None)
+        if self.vram is None or not rng.has_devmem_pages:
+            return 0
+        home = self._bring_home(self.vram, rng)
+        with self._lock:
+            rng.has_devmem_pages = rng.resident = False
+        self._stats.add(evictions=home > 0, evicted_pages=home)
+        return home
+
+    def adopt(self, rng: SvmRange, parent: SvmRange) -> None:
+        """A range that was a part of another one."""
+        rng.resident, rng.since = parent.resident, parent.since
+        rng.has_devmem_pages = parent.has_devmem_pages
+        if parent in self._there:
+            self._there[rng] = None
+
+    def forget(self, rng: SvmRange) -> None:
+        """A range that is gone; its pages are others'."""
+        self._there.pop(rng, None)
+
+    def _move(self, vram: DeviceMemory, rng: SvmRange, ctx: SvmContext) -> int:
+        if not self._make_room(vram, len(rng), ctx.timeslice):
+            self._stats.add(no_room=1)
+            return 0
+        with self._lock:
+            # Before: a CPU fault right after the move is to find it.
+            rng.has_devmem_pages = rng.resident = True
+            rng.since = self._clock()
+        self._there[rng] = None
+        try:
+            moved = migrate_to_device(self.mm, rng.start, rng.end, vram)
+        except MirrorError as refused:
+            if refused.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOSPC):
+                raise
+            # Unmapped meanwhile, being forked, or full: it is served where it is.
+            moved = 0
+        if moved:
+            self._stats.add(migrations=1, migrated_pages=moved)
+        else:
+            with self._lock:
+                rng.resident = False
+        return moved
+
+    def _make_room(self, vram: DeviceMemory, size: int, timeslice: float) -> bool:
+        """Evict ranges that have had their timeslice, the longest there first."""
+        for victim in sorted(self._there, key=lambda one: one.since):
+            if vram.size - vram.used >= size:
+                return True
+            if self._clock() - victim.since < timeslice:
+                return False
+            self.evict(victim)
+        return vram.size - vram.used >= size
+
+    def _bring_home(self, vram: DeviceMemory, rng: SvmRange) -> int:
+        try:
+            return migrate_to_system(self.mm, rng.start, rng.end, vram)
+        except MirrorError as refused:
+            # The end of the mm has brought everything home.
+            if refused.errno != errno.ESRCH:
+                raise
+            return 0
