@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include "devmem.h"
+#include "inline.h"
 
 int pm_mmap(pm_mm *mm, uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset,
             uint64_t *ret)
@@ -55,8 +56,14 @@ int pm_mprotect(pm_mm *mm, uint64_t addr, uint64_t len, int prot)
 int pm_madvise(pm_mm *mm, uint64_t addr, uint64_t len, int advice)
 {
     int err = pm_mm_check(mm);
+    unsigned tries = 0;
 
-    return err ? err : pm_sys_madvise(addr, len, advice);
+    if (err)
+        return err;
+    do
+        err = pm_sys_madvise(addr, len, advice);
+    while (pm_inline_again(err, addr, addr + len, &tries)); /* MADV_POPULATE_* */
+    return err;
 }
 
 int pm_mremap(pm_mm *mm, uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr,

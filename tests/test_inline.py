@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarn
 
 PAGES = 64
 SYS_FUTEX = 202
+MADV_POPULATE_WRITE = 23
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -108,6 +109,8 @@ def test_the_ways_of_a_device(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> Non
         daddrs = pm.gup_range_dma_map(pin, dev)
         assert dev.dma_read(int(daddrs[1]), 1) == bytes([21])
         pm.gup_range_dma_unmap(pin, dev)
+    mm.madvise(buf.addr + 30 * PAGE, 4 * PAGE, MADV_POPULATE_WRITE)
+    assert vram.used == (PAGES - 12) * PAGE
     view[8 * PAGE : 9 * PAGE] = bytes([8]) * PAGE
     view[2 * PAGE : 3 * PAGE] = bytes([2]) * PAGE
     view.release()
