@@ -39,5 +39,5 @@ def note_refusal(sub: IntervalNotifier, seq: int) -> None:
         f"stale sequence: hmm_range_fault() under {sub!r} came {_last.times} times with sequence {seq}, which"
         " was refused and never stands again; do: call read_begin() inside the retry loop",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
