@@ -172,6 +172,26 @@ static void let_drains_by(struct pm_mm *mm)
         continue;
 }
 
+/*
+ * While this thread writes to device memory no handler of a signal runs in it: what that touched would come
+ * home without waiting for the write, which would be lost.
+ */
+static void unlock_announced(struct pm_access_span *span)
+{
+    span->masked = span->len && span->write && span->at != span->addr;
+    if (span->masked)
+        pm_unlock_masked(span->mm, &span->mask);
+    else
+        pm_unlock(span->mm);
+}
+
+static void unlock_withdrawn(struct pm_access_span *span)
+{
+    pm_unlock(span->mm);
+    if (span->masked)
+        pthread_sigmask(SIG_SETMASK, &span->mask, NULL);
+}
+
 int64_t pm_access_span_do(struct pm_access_span *span, struct pm_access_why *fault, char *buf)
 {
     struct pm_mm *mm = span->mm;
@@ -184,7 +204,7 @@ int64_t pm_access_span_do(struct pm_access_span *span, struct pm_access_why *fau
     look_up(span, fault);
     if (span->len)
         announce(span);
-    pm_unlock(mm);
+    unlock_announced(span);
     if (!span->len)
         return -EFAULT;
     pm_point(PM_POINT_ACCESS_LOOKED_UP);
@@ -197,7 +217,7 @@ int64_t pm_access_span_do(struct pm_access_span *span, struct pm_access_why *fau
     withdraw(span);
     if (voided && !span->write)
         mm->stats.access_redone++;
-    pm_unlock(mm);
+    unlock_withdrawn(span);
     if (!voided || span->write)
         return n;
     fault->fault = PM_FAULT_NONE;
@@ -220,7 +240,7 @@ int pm_access_span_with(struct pm_access_span *span, struct pm_access_why *fault
     }
     if (span->len)
         announce(span);
-    pm_unlock(mm);
+    unlock_announced(span);
     if (!span->len)
         return -EFAULT;
     pm_point(PM_POINT_ACCESS_LOOKED_UP);
@@ -228,7 +248,7 @@ int pm_access_span_with(struct pm_access_span *span, struct pm_access_why *fault
     err = work(span, arg);
     pm_lock(mm);
     withdraw(span);
-    pm_unlock(mm);
+    unlock_withdrawn(span);
     return err;
 }
 

@@ -24,6 +24,8 @@ struct pm_access_span {
     bool write;
     uint64_t entry[PM_ACCESS_PAGES];
     struct pm_inflight flight;
+    bool masked; /* signals are blocked while it is in flight; `mask` is from before */
+    sigset_t mask;
 };
 
 /* Why a span was not served. */

@@ -272,6 +272,7 @@ uint64_t pm_process(void);
 int pm_process_mark(uint64_t *ret);
 void pm_lock(struct pm_mm *mm); /* blocks asynchronous signals too: a handler must not meet the lock */
 void pm_unlock(struct pm_mm *mm);
+void pm_unlock_masked(struct pm_mm *mm, sigset_t *outside); /* signals stay blocked; what was before */
 /* Wait on a condition under the lock until `until_ns` (CLOCK_MONOTONIC): 0 or -ETIMEDOUT. */
 int pm_wait(struct pm_mm *mm, pthread_cond_t *cond, uint64_t until_ns);
 void pm_cond_init(pthread_cond_t *cond);

@@ -104,6 +104,13 @@ void pm_lock(struct pm_mm *mm)
     pm_status_lock(mm, true);
 }
 
+void pm_unlock_masked(struct pm_mm *mm, sigset_t *outside)
+{
+    *outside = mask_outside;
+    pm_status_lock(mm, false);
+    pthread_mutex_unlock(&mm->lock);
+}
+
 void pm_unlock(struct pm_mm *mm)
 {
     pm_status_lock(mm, false);

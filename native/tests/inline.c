@@ -597,6 +597,59 @@ static void one_in_the_middle_of_a_device_write(void)
     signal(SIGUSR1, SIG_DFL);
 }
 
+static void call_write_there(struct call *call)
+{
+    int err;
+
+    device_write(call->arg[0], mem + 5 * PAGE, "written", 7, &err);
+    call->ret = err;
+}
+
+/* A write to device memory is over before a handler in the same thread brings that page home. */
+static void write_and_look(void)
+{
+    pm_sub *sub = new_sub(mm, mem, PAGES);
+    pm_table *table = new_table();
+    struct call call = {.fn = call_write_there, .arg = {table}};
+    uint64_t pfn[1] = {0};
+    struct pm_walk there = {
+        .start = addr_of(mem) + 5 * PAGE,
+        .end = addr_of(mem) + 6 * PAGE,
+        .pfns = pfn,
+        .owner = 7,
+        .sub = sub,
+    };
+
+    atomic_store(&seen, 0);
+    CHECK_EQ(out(), PAGES);
+    CHECK_EQ(read_begin(sub, &there.seq), 0);
+    CHECK_EQ(pm_walk(mm, &there), 0);
+    CHECK_EQ(pm_table_map(table, sub, there.seq, there.start, 1, pfn), 0);
+    CHECK_EQ(pm_point_arm(PM_POINT_ACCESS_LOOKED_UP), 0);
+    call_start(&call);
+    CHECK_EQ(pm_point_wait(PM_POINT_ACCESS_LOOKED_UP, 10 * SECOND), 0);
+    pthread_kill(call.thread, SIGUSR1);
+    pm_point_release(PM_POINT_ACCESS_LOOKED_UP);
+    CHECK_EQ(call_join(&call), 0);
+    CHECK_EQ(atomic_load(&seen), 'w');
+    CHECK_EQ(memcmp(mem + 5 * PAGE, "written", 7), 0);
+    pm_table_clear(table, 0, 0);
+    pm_table_put(table);
+    drop_sub(sub);
+}
+
+static void one_in_the_middle_of_a_write_to_device_memory(void)
+{
+    NEED_VRAM();
+    signal(SIGUSR1, look);
+    write_and_look();
+    close_it();
+    open_with(0);
+    if (vram)
+        write_and_look();
+    signal(SIGUSR1, SIG_DFL);
+}
+
 /* Children. */
 
 /* The kernel lets the child run before the monitor has filled it. */
@@ -721,6 +774,7 @@ int main(int argc, char **argv)
 #ifndef __SANITIZE_THREAD__
         TEST(a_signal_handler_may_touch),
         TEST(one_in_the_middle_of_a_device_write),
+        TEST(one_in_the_middle_of_a_write_to_device_memory),
         TEST(a_raw_childs_touch_waits),
         TEST(a_child_can_do_the_same),
 #endif
