@@ -21,7 +21,7 @@ from .affected import PAGE_SIZE
 from .device_memory import NEEDS, DeviceMemory
 from .errors import check, error
 from .event import Event
-from .migrate import check_migration, watch_movable
+from .migrate import check_handler, check_migration, watch_movable
 from .mm_base import check_pages
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def make_device_exclusive_range(mm: AddressSpace, start: int, end: int, owner: A
     if ret in (-errno.EINVAL, -errno.ENOMEM) and not pfns.any():
         ret = -errno.EFAULT
     if not pfns.any():
+        if ret == -errno.EBUSY:
+            check_handler(mm, what)
         check(ret, what, addr=start, mm=mm)
     return made
 

@@ -281,14 +281,20 @@ def test_a_later_handler_is_refused_with_its_place() -> None:
         "    out(mm, buf, vram)\n"
         "except pm.MirrorError as refused:\n"
         "    print(refused, file=sys.stderr)\n"
+        "try:\n"
+        "    pm.make_device_exclusive(mm, buf.addr, pm.Device('e'))\n"
+        "except pm.MirrorError as refused:\n"
+        "    print('exclusive:', refused.errno, refused, file=sys.stderr)\n"
         "faulthandler.disable()\n"
         "assert out(mm, buf, vram) == 1 and buf[0] == 1\n"
         "vram.close(); mm.close()\n"
     )
     assert status == 0, said
-    assert "EBUSY" in said
-    assert "SIGBUS" in said
-    assert "python" in said.split("vma:")[1], "the file that the handler is from"
+    for what in said.split("exclusive: 16"):
+        assert "EBUSY" in what
+        assert "SIGBUS" in what
+        assert "python" in what.split("vma:")[1], "the file that the handler is from"
+    assert "exclusive: 16" in said
 
 
 def test_the_process_lives_through_many() -> None:
