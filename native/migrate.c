@@ -202,7 +202,11 @@ static int set_missing(struct pm_mm *mm, const struct pm_vma *vma, uint64_t star
 
     if (minor && !(mm->features.uffd_features & PM_ABI_UFFD_FEATURE_MINOR_SHMEM))
         return -EOPNOTSUPP;
-    mm->devices->minor |= minor != 0;
+    if (minor) {
+        pm_lock(mm);
+        mm->devices->minor = true;
+        pm_unlock(mm);
+    }
     /* No hole of others' memory, which may be touched where SIGBUS is blocked. */
     if (mm->inline_faults)
         reg.range = (struct uffdio_range){start, end - start};
