@@ -21,7 +21,7 @@ enum { MAPPED_ALONE = 32 << 20 }; /* bytes: the largest threshold that malloc gi
 
 /* Without a lock, so that it works between a fork and an exec and under any lock. */
 static struct {
-    atomic_int armed; /* released last, so that who sees it sees the rest */
+    atomic_int armed;         /* released last, so that who sees it sees the rest */
     atomic_int sys, err, tid; /* a thread may still look at the last one */
     atomic_uint_least64_t nth, times;
     atomic_uint_least64_t seen, struck;
