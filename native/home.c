@@ -176,6 +176,7 @@ static int64_t home_of(struct pm_mm *mm, const struct pm_devmem *vram, uint64_t 
         .type = vram->exclusive ? PM_EXCLUSIVE : PM_MIGRATE,
         .guarantee = PM_BEFORE,
         .owner = vram->owner,
+        .flags = PM_EV_FAULT,
     };
     struct pm_inv inv = {0};
     int64_t got;

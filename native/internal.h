@@ -224,6 +224,9 @@ struct pm_mm {
 
     struct pm_event *queue;
     uint32_t queue_len, queue_head, queue_count;
+    uint32_t queue_faults;   /* of queue_count: those with PM_EV_FAULT */
+    uint64_t fault_event_ns; /* when the last of these was taken */
+    uint32_t syncing;        /* calls that wait for the queue */
     bool overflowed;
     struct pm_event overflow;
     bool delivering;
@@ -305,7 +308,7 @@ void pm_drain_writes(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t u
 bool pm_sub_stale(const struct pm_sub *sub, uint64_t seq);
 bool pm_seq_undelivered(const struct pm_mm *mm, uint64_t seq);
 
-/* queue.c: with the device lock held; never allocates */
+/* queue.c: with the device lock held; never allocates. first_seq is its own business. */
 void pm_queue_push(struct pm_mm *mm, const struct pm_event *event);
 
 /* table.c: with the device lock held */

@@ -190,20 +190,23 @@ int pm_invalidate_end(pm_inv *inv)
     return 0;
 }
 
+static bool event_is_of(const struct pm_event *event, uint64_t seq)
+{
+    return event->first_seq <= seq && seq <= event->seq;
+}
+
 bool pm_seq_undelivered(const struct pm_mm *mm, uint64_t seq)
 {
     for (const struct pm_inv *inv = mm->invs; inv; inv = inv->next) {
         if (inv->undelivered && inv->seq == seq)
             return true;
     }
-    if (mm->delivering && mm->current.seq >= seq && (mm->current.flags & PM_EV_OVERFLOW))
+    if (mm->delivering && event_is_of(&mm->current, seq))
         return true;
-    if (mm->delivering && mm->current.seq == seq)
-        return true;
-    if (mm->overflowed && seq <= mm->overflow.seq)
+    if (mm->overflowed && event_is_of(&mm->overflow, seq))
         return true;
     for (uint32_t i = 0; i < mm->queue_count; i++) {
-        if (mm->queue[(mm->queue_head + i) % mm->queue_len].seq == seq)
+        if (event_is_of(&mm->queue[(mm->queue_head + i) % mm->queue_len], seq))
             return true;
     }
     return false;

@@ -218,12 +218,14 @@ int64_t pm_overlapping(pm_mm *mm, uint64_t start, uint64_t end, uint32_t kinds, 
 
 enum pm_event_flag {
     PM_EV_OVERFLOW = 1, /* the queue was full: stands for any number of events, everywhere */
-    PM_EV_REMAP = 2     /* new_start is where the memory went */
+    PM_EV_REMAP = 2,    /* new_start is where the memory went */
+    PM_EV_FAULT = 4     /* CPU faults on device memory, of any number of pages in a row */
 };
 
 struct pm_event {
     uint64_t start, end; /* end 0: to the end of the address space */
     uint64_t seq;        /* the sequence number that it set */
+    uint64_t first_seq;  /* ... and the first, when it stands for more than one invalidation */
     uint64_t new_start;
     uint64_t when_ns; /* CLOCK_MONOTONIC at which it was read */
     uint32_t type;    /* enum pm_event_type */
@@ -233,7 +235,10 @@ struct pm_event {
     uint64_t owner; /* of the device memory that pages came home from, else 0 */
 };
 
-/* The next event: 0, -ETIMEDOUT, -ESRCH once the mm is closed and the queue is empty. */
+/*
+ * The next event: 0, -ETIMEDOUT, -ESRCH once the mm is closed and the queue is empty. A millisecond lies
+ * between events of CPU faults, unless the time-out is shorter, or something else waits.
+ */
 int pm_event_wait(pm_mm *mm, uint64_t timeout_ns, struct pm_event *ret);
 /* The callbacks of the event last given have returned. */
 int pm_event_done(pm_mm *mm);

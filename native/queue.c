@@ -6,10 +6,17 @@
  * only carries the news to callbacks. When it is full the queued events become one that says "everything is
  * invalid", and everything is made invalid, so that no invalidation is ever lost. The monitor pushes and must
  * not allocate.
+ *
+ * CPU faults on device memory come in storms, of one thread after the other or of one that walks through. A
+ * dispatcher that woke for each would be what they wait for: it takes a processor, and each page that moves
+ * then interrupts that one. So the first is told at once, and what comes in the millisecond after it
+ * together, with neighbours as one event.
  */
 #include <errno.h>
 
 #include "internal.h"
+
+static const uint64_t faults_apart_ns = 1000 * 1000;
 
 static uint64_t oldest_event(const struct pm_mm *mm)
 {
@@ -31,8 +38,10 @@ static void overflow(struct pm_mm *mm, const struct pm_event *event)
 {
     struct pm_inv everything = {0};
     uint64_t oldest = oldest_event(mm);
+    uint64_t first = mm->queue_count ? mm->queue[mm->queue_head].first_seq : event->seq;
 
     mm->overflow = (struct pm_event){
+        .first_seq = mm->overflowed ? mm->overflow.first_seq : first,
         .seq = pm_inv_open(mm, &everything, 0, UINT64_MAX, PM_UNMAP, PM_AFTER),
         .when_ns = mm->delivering || !oldest ? event->when_ns : oldest,
         .type = PM_UNMAP,
@@ -47,23 +56,78 @@ static void overflow(struct pm_mm *mm, const struct pm_event *event)
     }
     mm->overflowed = true;
     mm->queue_count = 0;
+    mm->queue_faults = 0;
+}
+
+static bool is_fault(const struct pm_event *event)
+{
+    return event->flags & PM_EV_FAULT;
+}
+
+/* Make it one with the last in the queue, if that is its neighbour and nothing happened in between. */
+static bool append(struct pm_mm *mm, const struct pm_event *event)
+{
+    struct pm_event *last;
+
+    if (mm->queue_count == 0)
+        return false;
+    last = &mm->queue[(mm->queue_head + mm->queue_count - 1) % mm->queue_len];
+    if (!is_fault(event) || !is_fault(last) || event->seq != last->seq + 2)
+        return false;
+    if (event->type != last->type || event->owner != last->owner)
+        return false;
+    if (event->start > last->end || last->start > event->end)
+        return false;
+    last->start = pm_min(last->start, event->start);
+    last->end = pm_max(last->end, event->end);
+    last->seq = event->seq;
+    return true;
+}
+
+static bool enqueue(struct pm_mm *mm, const struct pm_event *event)
+{
+    struct pm_event *slot = &mm->queue[(mm->queue_head + mm->queue_count) % mm->queue_len];
+
+    if (mm->queue_count == mm->queue_len)
+        return false;
+    *slot = *event;
+    slot->first_seq = event->seq;
+    mm->queue_count++;
+    mm->queued_total++;
+    if (is_fault(event))
+        mm->queue_faults++;
+    return true;
+}
+
+/* Until when the dispatcher need not look, since nothing but CPU faults may be there. */
+static uint64_t rest_until(const struct pm_mm *mm)
+{
+    if (mm->overflowed || mm->queue_faults < mm->queue_count || mm->queue_count > mm->queue_len / 2)
+        return 0;
+    return mm->syncing || pm_mm_check(mm) ? 0 : mm->fault_event_ns + faults_apart_ns;
 }
 
 void pm_queue_push(struct pm_mm *mm, const struct pm_event *event)
 {
-    if (mm->overflowed || mm->queue_count == mm->queue_len) {
+    if (mm->overflowed || (!append(mm, event) && !enqueue(mm, event)))
         overflow(mm, event);
-    } else {
-        mm->queue[(mm->queue_head + mm->queue_count) % mm->queue_len] = *event;
-        mm->queue_count++;
-        mm->queued_total++;
-    }
     publish(mm);
-    pthread_cond_broadcast(&mm->queued);
+    if (rest_until(mm) <= event->when_ns)
+        pthread_cond_broadcast(&mm->queued);
 }
 
-static bool queue_pop(struct pm_mm *mm, struct pm_event *ret)
+/* The dispatcher rests, if its time-out allows. */
+static bool resting(const struct pm_mm *mm, uint64_t until)
 {
+    uint64_t rest = rest_until(mm);
+
+    return rest <= until && rest > pm_now_ns();
+}
+
+static bool queue_pop(struct pm_mm *mm, uint64_t until, struct pm_event *ret)
+{
+    if (resting(mm, until))
+        return false;
     if (mm->overflowed) {
         *ret = mm->overflow;
         mm->overflowed = false;
@@ -77,8 +141,21 @@ static bool queue_pop(struct pm_mm *mm, struct pm_event *ret)
     mm->current = *ret;
     mm->delivering = true;
     mm->delivering_ns = pm_now_ns();
+    if (is_fault(ret)) {
+        mm->queue_faults--;
+        mm->fault_event_ns = mm->delivering_ns;
+    }
     publish(mm);
     return true;
+}
+
+/* Until something is pushed that will not wait, or the rest is over. */
+static int wait_queued(struct pm_mm *mm, uint64_t until)
+{
+    bool rest = resting(mm, until);
+    int err = pm_wait(mm, &mm->queued, rest ? rest_until(mm) : until);
+
+    return rest ? 0 : err;
 }
 
 int pm_event_wait(pm_mm *mm, uint64_t timeout_ns, struct pm_event *ret)
@@ -91,10 +168,10 @@ int pm_event_wait(pm_mm *mm, uint64_t timeout_ns, struct pm_event *ret)
         return -ESRCH;
     pm_lock(mm);
     pm_status_dispatch(mm, PM_DISPATCH_WAITING);
-    while (!queue_pop(mm, ret)) {
+    while (!queue_pop(mm, until, ret)) {
         err = pm_mm_check(mm);
         if (!err)
-            err = pm_wait(mm, &mm->queued, until);
+            err = wait_queued(mm, until);
         if (err)
             break;
     }
@@ -134,6 +211,10 @@ int pm_event_sync(pm_mm *mm, uint64_t timeout_ns, uint64_t *ticket)
     pm_lock(mm);
     if (*ticket == 0)
         *ticket = mm->queued_total + 1; /* so that 0 stays "none yet" */
+    mm->syncing++;
+    pthread_cond_broadcast(&mm->queued);
+    if (rest_until(mm) == 0 && mm->queue_count)
+        pthread_cond_broadcast(&mm->queued);
     /* An overflow after the ticket was drawn makes the total smaller, never the rest longer. */
     while (mm->done_total < pm_min(*ticket - 1, mm->queued_total)) {
         err = pm_mm_check(mm);
@@ -142,6 +223,7 @@ int pm_event_sync(pm_mm *mm, uint64_t timeout_ns, uint64_t *ticket)
         if (err)
             break;
     }
+    mm->syncing--;
     pm_unlock(mm);
     return err;
 }

@@ -59,7 +59,9 @@ class MmuNotifierRange:
 
     ``end`` is exclusive, ``1 << 64`` for the whole address space. ``owner`` is what the invalidator called
     itself (a driver ignores its own MIGRATE and EXCLUSIVE). ``seq`` is the mm's sequence number, odd, that
-    the invalidation set. ``overflow`` marks the range that stands for any number of lost events.
+    the invalidation set. ``overflow`` marks the range that stands for any number of lost events. Where it
+    stands for more than one invalidation (CPU faults on neighbouring pages on a device, an overflow), ``seq``
+    is the number of the last, and ``first_seq``, else 0, that of the first.
     """
 
     mm: AddressSpace
@@ -71,6 +73,7 @@ class MmuNotifierRange:
     guarantee: Guarantee = Guarantee.BEFORE
     seq: int = 0
     overflow: bool = False
+    first_seq: int = 0
 
     def __str__(self) -> str:
         note = " overflow" if self.overflow else ""

@@ -51,6 +51,7 @@ class Invalidation(NamedTuple):
     guarantee: Guarantee
     when: float
     overflow: bool
+    first_seq: int
 
 
 class NotifierSet:
@@ -172,6 +173,7 @@ class NotifierSet:
             guarantee=Guarantee.from_native(event.guarantee),
             seq=event.seq,
             overflow=bool(event.flags & lib.PM_EV_OVERFLOW),
+            first_seq=event.first_seq if event.first_seq != event.seq else 0,
         )
         if range.event is Event.UNMAP:
             mm._foreign_unmap(range.start, range.end)
@@ -214,7 +216,8 @@ class NotifierSet:
 
     def invalidation(self, seq: int) -> Invalidation | None:
         """The invalidation that set this sequence number, if it is not too long ago."""
-        return next((one for one in reversed(self.history()) if one.seq == seq), None)
+        holding = (one for one in reversed(self.history()) if one.first_seq <= seq <= one.seq)
+        return min(holding, key=lambda one: one.seq - one.first_seq, default=None)
 
     def running(self) -> list[Callback]:
         """The callbacks that run at this moment."""
@@ -263,7 +266,14 @@ class NotifierSet:
     def _remember(self, range: MmuNotifierRange, when: float) -> None:
         self._history.append(
             Invalidation(
-                range.seq, range.start, range.end, range.event, range.guarantee, when, range.overflow
+                range.seq,
+                range.start,
+                range.end,
+                range.event,
+                range.guarantee,
+                when,
+                range.overflow,
+                range.first_seq or range.seq,
             )
         )
 

@@ -90,6 +90,37 @@ class TestMigration:
         assert to_device(buf, vram) == PAGES
         assert not np.frombuffer(buf, np.uint8).any()
 
+    def test_faults_on_neighbours_are_told_as_one_event(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory
+    ) -> None:
+        told: list[pm.MmuNotifierRange] = []
+        busy, go_on = threading.Event(), threading.Event()
+
+        def invalidate(sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, cur_seq: int) -> None:
+            sub.set_seq(cur_seq)
+            told.append(update)
+            busy.set()
+            go_on.wait(10)
+
+        buf = patterned(mm)
+        to_device(buf, vram)
+        sub = pm.IntervalNotifier(mm, buf.addr, buf.size, invalidate)
+        assert buf[0] == pattern(1)[0]
+        assert busy.wait(10)
+        assert intact(buf)
+        go_on.set()
+        mm.sync()
+        sub.remove()
+        first, others = told
+        assert (first.start, first.end, first.first_seq) == (buf.addr, buf.addr + PAGE, 0)
+        assert (others.start, others.end) == (buf.addr + PAGE, buf.addr + buf.size)
+        assert others.seq - others.first_seq == 2 * (PAGES - 2)
+        assert mm.stats()["device_faults"] == PAGES
+        for seq in range(others.first_seq, others.seq + 1, 2):
+            found = mm.notifiers.invalidation(seq)
+            assert found is not None
+            assert (found.start, found.seq) == (others.start, others.seq)
+
     def test_notifiers_are_told(self, mm: pm.AddressSpace) -> None:
         told = []
 

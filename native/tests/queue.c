@@ -13,18 +13,43 @@ static pm_mm *open_small_queue(void)
 }
 
 /* As the monitor does it: the sequence moves, the entries are fenced, the event is queued. */
-static uint64_t push(pm_mm *mm, uint64_t start, uint64_t end)
+static uint64_t push_event(pm_mm *mm, struct pm_event event)
 {
     struct pm_inv inv = {0};
-    struct pm_event event = {.start = start, .end = end, .type = PM_UNMAP, .guarantee = PM_AFTER};
 
     event.when_ns = pm_now_ns();
     pm_lock(mm);
-    event.seq = pm_inv_open(mm, &inv, start, pm_last(end), PM_UNMAP, PM_AFTER);
+    event.seq = pm_inv_open(mm, &inv, event.start, pm_last(event.end), (int)event.type, (int)event.guarantee);
     pm_inv_close(mm, &inv);
     pm_queue_push(mm, &event);
     pm_unlock(mm);
     return event.seq;
+}
+
+static uint64_t push(pm_mm *mm, uint64_t start, uint64_t end)
+{
+    return push_event(mm,
+                      (struct pm_event){.start = start, .end = end, .type = PM_UNMAP, .guarantee = PM_AFTER});
+}
+
+/* A CPU fault on page i of device memory. */
+static uint64_t push_fault(pm_mm *mm, uint64_t i)
+{
+    return push_event(mm, (struct pm_event){.start = i * PAGE,
+                                            .end = (i + 1) * PAGE,
+                                            .type = PM_MIGRATE,
+                                            .guarantee = PM_BEFORE,
+                                            .flags = PM_EV_FAULT});
+}
+
+static bool undelivered(pm_mm *mm, uint64_t seq)
+{
+    bool ret;
+
+    pm_lock(mm);
+    ret = pm_seq_undelivered(mm, seq);
+    pm_unlock(mm);
+    return ret;
 }
 
 static void events_come_in_order(void)
@@ -186,6 +211,97 @@ static void close_wakes_the_waiters(void)
     pm_mm_put(mm);
 }
 
+static void faults_on_neighbours_are_one_event(void)
+{
+    pm_mm *mm = open_small_queue();
+    struct pm_event event;
+    uint64_t first = push_fault(mm, 8), middle, last;
+
+    push_fault(mm, 9);
+    middle = push_fault(mm, 7);
+    for (uint64_t i = 10; i < 10 + 2 * LENGTH; i++)
+        last = push_fault(mm, i);
+    CHECK(undelivered(mm, first) && undelivered(mm, middle) && undelivered(mm, last));
+    CHECK(!undelivered(mm, first - 2) && !undelivered(mm, last + 2));
+    NEED_EQ(pm_event_wait(mm, 0, &event), 0);
+    CHECK_EQ(event.start, 7 * PAGE);
+    CHECK_EQ(event.end, (10 + 2 * LENGTH) * PAGE);
+    CHECK_EQ(event.first_seq, first);
+    CHECK_EQ(event.seq, last);
+    CHECK(undelivered(mm, middle));
+    /* What is being told does not grow. */
+    push_fault(mm, 6);
+    CHECK_EQ(pm_event_done(mm), 0);
+    CHECK(!undelivered(mm, middle));
+    NEED_EQ(pm_event_wait(mm, 0, &event), 0);
+    CHECK_EQ(event.start, 6 * PAGE);
+    CHECK_EQ(pm_event_done(mm), 0);
+    CHECK_EQ(sync_all(mm, 0), 0);
+    close_mm(mm);
+}
+
+static void only_neighbours_in_place_and_time(void)
+{
+    pm_mm *mm = open_small_queue();
+    struct pm_inv inv = {0};
+    struct pm_event event;
+    uint64_t seqs[4];
+
+    seqs[0] = push_fault(mm, 1);
+    seqs[1] = push_fault(mm, 3);
+    /* An operation of the API, which its own thread tells. */
+    pm_lock(mm);
+    pm_inv_open(mm, &inv, 4 * PAGE, 5 * PAGE - 1, PM_MIGRATE, PM_BEFORE);
+    pm_inv_close(mm, &inv);
+    pm_unlock(mm);
+    seqs[2] = push_fault(mm, 4);
+    seqs[3] = push(mm, 5 * PAGE, 6 * PAGE);
+    for (int i = 0; i < 4; i++) {
+        NEED_EQ(pm_event_wait(mm, 0, &event), 0);
+        CHECK_EQ(event.seq, seqs[i]);
+        CHECK_EQ(event.first_seq, seqs[i]);
+        CHECK_EQ(pm_event_done(mm), 0);
+    }
+    close_mm(mm);
+}
+
+/* The first is told at once, the next with what follows it, anything else and a sync at once. */
+static void faults_let_the_dispatcher_rest(void)
+{
+    pm_mm *mm = open_small_queue();
+    struct call syncer = {.fn = call_sync, .arg = {mm}};
+    struct pm_event event;
+    uint64_t taken;
+
+    push_fault(mm, 1);
+    NEED_EQ(pm_event_wait(mm, SECOND, &event), 0);
+    taken = mm->fault_event_ns;
+    CHECK_EQ(pm_event_done(mm), 0);
+    push_fault(mm, 2);
+    NEED_EQ(pm_event_wait(mm, SECOND, &event), 0);
+    CHECK(mm->fault_event_ns - taken >= MILLISECOND);
+    CHECK_EQ(pm_event_done(mm), 0);
+    /* As if that one had come an hour from now: nothing ends the rest but what is checked here. */
+    pm_lock(mm);
+    mm->fault_event_ns += 3600 * SECOND;
+    pm_unlock(mm);
+    push_fault(mm, 3);
+    push(mm, 9 * PAGE, 10 * PAGE);
+    for (int i = 0; i < 2; i++) {
+        NEED_EQ(pm_event_wait(mm, UINT64_MAX, &event), 0);
+        CHECK_EQ(pm_event_done(mm), 0);
+        pm_lock(mm);
+        mm->fault_event_ns = pm_now_ns() + 3600 * SECOND;
+        pm_unlock(mm);
+    }
+    push_fault(mm, 4);
+    call_start(&syncer);
+    NEED_EQ(pm_event_wait(mm, UINT64_MAX, &event), 0);
+    CHECK_EQ(pm_event_done(mm), 0);
+    CHECK_EQ(call_join(&syncer), 0);
+    close_mm(mm);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
@@ -195,6 +311,9 @@ int main(int argc, char **argv)
         TEST(sync_over_an_overflow),
         TEST(sync_is_not_fooled_by_an_overflow),
         TEST(close_wakes_the_waiters),
+        TEST(faults_on_neighbours_are_one_event),
+        TEST(only_neighbours_in_place_and_time),
+        TEST(faults_let_the_dispatcher_rest),
     };
 
     return run_tests(tests, COUNT_OF(tests), argc, argv);
