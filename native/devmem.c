@@ -142,6 +142,7 @@ void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end)
         pm_devmem_forget(mm, addr, n);
         mm->devices->stats.dropped += n;
     }
+    pm_coherent_drop(mm, start, end);
 }
 
 void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
@@ -162,6 +163,7 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
         *old = 0;
         vram->blocks[block_of(vram, slot)].back[place_of(slot)] = addr - from + to;
     }
+    pm_coherent_moved(mm, from, to, len);
 }
 
 static void fill(struct pm_mm *mm, uint64_t at, uint64_t end)
@@ -256,6 +258,20 @@ static int map_arena(struct pm_devmem *vram)
     return err;
 }
 
+/* With watch_lock held: without device memory there is no tree. */
+static void drop_pool(struct pm_mm *mm)
+{
+    uint64_t pool = 0;
+
+    pm_lock(mm);
+    if (mm->devices && !mm->devices->list) {
+        pool = mm->devices->pool;
+        pm_pool_set(mm->devices, 0);
+    }
+    pm_unlock(mm);
+    pm_pool_unmap(pool);
+}
+
 static int make(struct pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret)
 {
     struct pm_devmem *vram = pm_sys_calloc(1, sizeof(*vram));
@@ -271,6 +287,7 @@ static int make(struct pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret
         err = vram->blocks ? map_arena(vram) : -ENOMEM;
     }
     if (err) {
+        drop_pool(mm);
         if (vram)
             free(vram->blocks);
         free(vram);
@@ -312,6 +329,12 @@ int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end)
     if (err)
         return err;
     pm_lock(mm);
+    if (vram->held) {
+        pm_coherent_first(vram, start);
+        *end = (*start & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE;
+        pm_unlock(mm);
+        return 0;
+    }
     for (uint64_t i = 0; i < vram->nblocks; i++) {
         struct pm_block *block = &vram->blocks[i];
 
@@ -336,7 +359,7 @@ uint64_t pm_devmem_used(pm_devmem *vram)
     if (!pm_mm_owned(vram->mm))
         return 0;
     pm_lock(vram->mm);
-    used = vram->used;
+    used = vram->used + vram->held;
     pm_unlock(vram->mm);
     return used;
 }
@@ -345,13 +368,12 @@ int pm_devmem_destroy(pm_devmem *vram)
 {
     struct pm_mm *mm = vram->mm;
     struct pm_devmem **link;
-    uint64_t pool = 0;
 
     if (!pm_mm_owned(mm))
         return -ESRCH;
     pthread_mutex_lock(&mm->watch_lock);
     pm_lock(mm);
-    if (vram->used) {
+    if (vram->used || vram->held) {
         pm_unlock(mm);
         pthread_mutex_unlock(&mm->watch_lock);
         return -EBUSY;
@@ -361,17 +383,30 @@ int pm_devmem_destroy(pm_devmem *vram)
     *link = vram->next;
     if (vram->exclusive)
         mm->devices->exclusive = NULL;
-    if (!mm->devices->list) {
-        pool = mm->devices->pool;
-        pm_pool_set(mm->devices, 0);
-    }
     pm_unlock(mm);
-    pm_pool_unmap(pool);
+    drop_pool(mm);
     pthread_mutex_unlock(&mm->watch_lock);
     pm_sys_munmap(vram->base, vram->nblocks * PM_HUGE_SIZE);
     free(vram->blocks);
     free(vram);
     pm_mm_put(mm);
+    return 0;
+}
+
+int pm_devmem_holds(pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret)
+{
+    struct pm_mm *mm = vram->mm;
+    int err = pm_coherent_pages(mm, vram, start, n, ret);
+
+    if (err)
+        return err;
+    pm_lock(mm);
+    for (uint64_t i = 0; i < n && !vram->coherent; i++) {
+        uint64_t slot = pm_resident(mm->devices, start + (i << PM_PAGE_SHIFT));
+
+        ret[i] = slot && pm_devmem_of(mm->devices, slot) == vram;
+    }
+    pm_unlock(mm);
     return 0;
 }
 

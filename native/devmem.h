@@ -36,8 +36,10 @@ struct pm_block {
 struct pm_devmem {
     struct pm_devmem *next;
     struct pm_mm *mm;
-    uint64_t owner; /* as events and walks name it */
-    bool exclusive; /* no memory of a device's own: pages are here while a device has them to itself */
+    uint64_t owner;    /* as events and walks name it */
+    uint64_t coherent; /* memory that the CPU reaches too: a number of its own from 1 on */
+    uint64_t held;     /* ... and pages of it in use, mapped at their addresses */
+    bool exclusive;    /* no memory of a device's own: pages are here while a device has them to itself */
     uint64_t base, nblocks;
     uint64_t limit, used; /* pages */
     uint64_t clock, hint;
@@ -50,8 +52,9 @@ struct pm_devices {
     uint64_t pool, pool_used; /* pages for nodes, of a reservation of their own: the monitor takes some too */
     uint64_t *pool_free;
     uint64_t *top;
-    uint64_t around; /* bytes that a CPU fault brings home */
-    bool minor;      /* memory of files has left: its holes are the file's pages */
+    uint64_t *coherent; /* another such tree: see coherent.c */
+    uint64_t around;    /* bytes that a CPU fault brings home */
+    bool minor;         /* memory of files has left: its holes are the file's pages */
     struct pm_devmem_stats stats;
 };
 
@@ -62,6 +65,10 @@ void pm_pool_set(struct pm_devices *devices, uint64_t pool);
 void pm_pool_unmap(uint64_t pool);
 uint64_t *pm_node_new(struct pm_devices *devices); /* a zeroed page, or NULL */
 void pm_node_free(struct pm_devices *devices, uint64_t *node);
+/* The entry of an address in a tree, NULL: none, or with `grow` no memory; the first at or after *addr that
+ * is not 0. */
+uint64_t *pm_tree_at(struct pm_devices *devices, uint64_t *top, uint64_t addr, bool grow);
+bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end);
 /* The entry of a page, 0: at home. NULL: none, or with `grow` no memory. */
 uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow);
 static inline uint64_t pm_resident(struct pm_devices *devices, uint64_t addr)
@@ -103,6 +110,7 @@ void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len);
 
 /* migrate.c: with watch_lock held; pages that moved, from start on */
 int pm_move_out(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
+bool pm_movable(const struct pm_mm *mm, const struct pm_vma *vma);
 bool pm_is_interval(uint64_t start, uint64_t end); /* whole pages of user memory */
 void pm_doze(void);
 /* UFFDIO_MOVE: bytes moved, from the start on, or an errno when that is none. */
@@ -124,6 +132,14 @@ struct uffd_msg;
 bool pm_lift_claims(const struct pm_mm *mm, const struct uffd_msg *msg);
 bool pm_memory_locked(void);
 
+/* coherent.c */
+int pm_coherent_take(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
+int pm_coherent_leave(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
+/* Pages whose contents have gone, or moved. With the lock held. */
+void pm_coherent_drop(struct pm_mm *mm, uint64_t start, uint64_t end);
+void pm_coherent_first(struct pm_devmem *vram, uint64_t *addr); /* of those it holds */
+void pm_coherent_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len);
+
 /* home.c */
 /* Bring home the pages in `only`, NULL: in any device memory: how many, -EAGAIN while an event is unread, or
  * what the kernel refuses it with. */
@@ -138,6 +154,8 @@ int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end);
 void pm_home_touch(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* A CPU fault in a range where holes fault: 0, or what the kernel refuses it with. */
 int pm_home_fault(struct pm_mm *mm, uint64_t addr);
+/* Pages that have come home as read-only ones. */
+void pm_home_readonly(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* The monitor's: what is on a device is to be in the child, too. */
 void pm_home_child(struct pm_mm *mm, int child_uffd);
 

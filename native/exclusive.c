@@ -71,25 +71,50 @@ static void read_pfns(struct pm_devmem *arena, uint64_t start, uint64_t n, uint6
     pm_unlock(arena->mm);
 }
 
+/* Is any of it memory that leaves? */
+static bool any_movable(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_vma vma;
+
+    while (start < end && pm_vma_query(mm, start, &vma) == 0 && vma.start < end) {
+        if (pm_movable(mm, &vma))
+            return true;
+        start = vma.end;
+    }
+    return false;
+}
+
+int pm_exclusive_fault(pm_devmem *arena, uint64_t start, uint64_t *end)
+{
+    struct pm_mm *mm = arena->mm;
+    int err = pm_is_interval(start, *end) ? pm_mm_enter(mm) : -EINVAL;
+
+    if (err)
+        return err;
+    *end = writable_end(mm, start, *end);
+    pm_home_touch(mm, start, *end);
+    err = start < *end ? fault_pages(mm, start, end) : -EFAULT;
+    if (!err && !any_movable(mm, start, *end))
+        err = -EBUSY;
+    pm_mm_exit(mm);
+    return err;
+}
+
 int pm_exclusive(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns)
 {
     struct pm_mm *mm = arena->mm;
-    uint64_t n = (end - start) >> PM_PAGE_SHIFT, last, moved = 0;
+    uint64_t moved = 0;
     int err = pm_is_interval(start, end) ? pm_mm_enter(mm) : -EINVAL;
 
     if (err)
         return err;
-    last = writable_end(mm, start, end);
-    pm_home_touch(mm, start, last);
-    err = start < last ? fault_pages(mm, start, &last) : -EFAULT;
-    if (!err)
-        err = pm_inline_join(mm);
+    err = pm_inline_join(mm);
     if (!err) {
         pthread_mutex_lock(&mm->watch_lock);
-        err = pm_move_out(arena, start, last, &moved);
+        err = pm_move_out(arena, start, end, &moved);
         pthread_mutex_unlock(&mm->watch_lock);
     }
-    read_pfns(arena, start, n, pfns);
+    read_pfns(arena, start, (end - start) >> PM_PAGE_SHIFT, pfns);
     pm_mm_exit(mm);
     return err;
 }

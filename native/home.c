@@ -42,7 +42,7 @@ static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot)
  * Pages that were read-only on their device are mapped so at home: protected, which the first write ends.
  * What is read-only by its vma needs no more.
  */
-static void keep_readonly(struct pm_mm *mm, uint64_t start, uint64_t end)
+void pm_home_readonly(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_vma vma;
 
@@ -71,7 +71,7 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
         if (got < 0)
             return got;
         if (!(entry & PM_RESIDENT_WRITE))
-            keep_readonly(mm, addr, addr + (uint64_t)got);
+            pm_home_readonly(mm, addr, addr + (uint64_t)got);
         pm_devmem_forget(mm, addr, (uint64_t)got >> PM_PAGE_SHIFT);
         if (!mm->inline_faults)
             pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){addr, (uint64_t)got});
@@ -120,6 +120,22 @@ int pm_home_all(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
     return 0;
 }
 
+static int leave_coherent(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only,
+                          uint64_t *moved)
+{
+    int err = 0;
+
+    if (!mm->devices)
+        return 0;
+    pthread_mutex_lock(&mm->watch_lock);
+    for (struct pm_devmem *vram = mm->devices->list; vram && !err; vram = vram->next) {
+        if (vram->coherent && (!only || only == vram))
+            err = pm_coherent_leave(vram, start, end, moved);
+    }
+    pthread_mutex_unlock(&mm->watch_lock);
+    return err;
+}
+
 int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devmem *only, uint64_t *moved)
 {
     int err;
@@ -131,6 +147,8 @@ int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devme
     if (err)
         return err;
     err = pm_home_all(mm, start, end, only, moved);
+    if (!err)
+        err = leave_coherent(mm, start, end, only, moved);
     pm_mm_exit(mm);
     return err;
 }

@@ -248,6 +248,11 @@ static enum way way_of(const struct pm_mm *mm, const struct pm_vma *vma)
     return vma->flags & PM_VMA_WRITE ? MOVE : LIFT;
 }
 
+bool pm_movable(const struct pm_mm *mm, const struct pm_vma *vma)
+{
+    return way_of(mm, vma) != STAY;
+}
+
 /* Of a mapping of a file only what is a copy of this process's own; of other memory all. */
 static bool leaves(const struct pm_vma *vma, uint64_t entry)
 {
@@ -358,7 +363,8 @@ int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t
     err = pm_inline_join(mm);
     if (!err) {
         pthread_mutex_lock(&mm->watch_lock);
-        err = pm_move_out(vram, start, end, moved);
+        err =
+            vram->coherent ? pm_coherent_take(vram, start, end, moved) : pm_move_out(vram, start, end, moved);
         pthread_mutex_unlock(&mm->watch_lock);
     }
     pm_mm_exit(mm);

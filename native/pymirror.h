@@ -454,6 +454,16 @@ struct pm_devmem_stats {
 int pm_devmem_create(pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret);
 /* Frees it. -EBUSY while pages are in it; -ESRCH in a forked child. */
 int pm_devmem_destroy(pm_devmem *vram);
+/*
+ * Make it memory that the CPU reaches as well (MEMORY_DEVICE_COHERENT), before the first migration: pages
+ * that migrate are exchanged for others, and stay mapped. -EOPNOTSUPP without PFNs, -ENOSPC beyond 2047 of an
+ * mm.
+ */
+int pm_devmem_coherent(pm_devmem *vram);
+/* For each of n pages: is it in this memory, of either kind? -EINVAL, -ESRCH. */
+int pm_devmem_holds(pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret);
+/* For each of n pages: is it in coherent memory, of `vram`, or with NULL of any? -EINVAL, -ESRCH. */
+int pm_coherent_pages(pm_mm *mm, const pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret);
 uint64_t pm_devmem_used(pm_devmem *vram); /* pages */
 /* Where the pages are that were moved in least recently, within 2 MiB; -ENOENT: it is empty. */
 int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end);
@@ -466,9 +476,13 @@ int pm_devmem_populate(pm_devmem *vram, uint64_t start, uint64_t end);
  */
 int pm_exclusive_create(pm_mm *mm, uint64_t size, pm_devmem **ret);
 /*
- * Take the pages of [start, end) away from the CPU, for a device: faulted for writing, up to the first that
- * cannot be. pfns: for each page what a device maps, 0 where it could not be had. 0, or why the first page is
- * not there.
+ * Before that, and before notifiers are told: fault [start, *end) for writing, up to the first page that
+ * cannot be, where it ends then. 0, or why the first page is not there; -EBUSY: none of it can be had.
+ */
+int pm_exclusive_fault(pm_devmem *arena, uint64_t start, uint64_t *end);
+/*
+ * Take the pages of [start, end) away from the CPU, for a device. pfns: for each page what a device maps, 0
+ * where it could not be had.
  */
 int pm_exclusive(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns);
 /* The same of pages as they are now: 0 where the CPU has the page again. */

@@ -45,6 +45,7 @@ void pm_pool_set(struct pm_devices *devices, uint64_t pool)
     devices->pool_used = 0;
     devices->pool_free = NULL;
     devices->top = pool ? pm_node_new(devices) : NULL;
+    devices->coherent = pool ? pm_node_new(devices) : NULL;
 }
 
 void pm_pool_unmap(uint64_t pool)
@@ -76,10 +77,8 @@ void pm_node_free(struct pm_devices *devices, uint64_t *node)
     devices->pool_free = node;
 }
 
-uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow)
+uint64_t *pm_tree_at(struct pm_devices *devices, uint64_t *node, uint64_t addr, bool grow)
 {
-    uint64_t *node = devices->top;
-
     if (!node || addr >= PM_USER_END)
         return NULL;
     for (int level = TOP_LEVEL; level > 0; level--) {
@@ -94,11 +93,16 @@ uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow)
     return &node[slot_of(addr, 0)];
 }
 
-bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end)
+uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow)
 {
-    end = devices->top ? pm_min(end, PM_USER_END) : 0;
+    return pm_tree_at(devices, devices->top, addr, grow);
+}
+
+bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end)
+{
+    end = top ? pm_min(end, PM_USER_END) : 0;
     while (*addr < end) {
-        uint64_t *node = devices->top, span;
+        uint64_t *node = top, span;
         int level = TOP_LEVEL;
 
         while (level > 0 && node[slot_of(*addr, level)])
@@ -109,6 +113,11 @@ bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end)
         *addr = (*addr & ~(span - 1)) + span;
     }
     return false;
+}
+
+bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end)
+{
+    return pm_tree_next(devices->top, addr, end);
 }
 
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end)

@@ -23,7 +23,7 @@ if (_built := _ffi.string(_lib.pm_version()).decode()) != __version__:
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from .device import Device, DeviceFault, FaultReason, StaleAccessError
-from .device_memory import DeviceMemory
+from .device_memory import DeviceMemory, coherent_pages
 from .dma import api as _dma_api
 from .dma.api import *  # noqa: F403
 from .dma.domain import DirectDomain, DmaDomain, IommuDomain
@@ -150,6 +150,7 @@ __all__ = [
     "Trace",
     "Vma",
     "__version__",
+    "coherent_pages",
     "exclusive_pfns",
     "gup_range_dma_map",
     "gup_range_dma_unmap",

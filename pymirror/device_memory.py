@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""DeviceMemory: memory that only a device reaches (MEMORY_DEVICE_PRIVATE).
+"""DeviceMemory: memory that only a device reaches (MEMORY_DEVICE_PRIVATE), or the CPU too (_COHERENT).
 
-It is an arena in this mm: real pages move into it and leave holes, and a touch of such a hole by the CPU
-brings the page home. See docs/device-memory.md.
+The private kind is an arena in this mm: real pages move into it and leave holes, and a touch of such a hole
+by the CPU brings the page home. See docs/device-memory.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ._shim import ffi, lib
 from .affected import PAGE_SIZE
@@ -35,7 +38,10 @@ NEEDS = {
 
 
 class DeviceMemory:
-    """Device-private memory of ``dev`` for at most ``size`` bytes, rounded up to pages.
+    """Memory of ``dev`` for at most ``size`` bytes, rounded up to pages.
+
+    ``kind="private"``: only the device reaches it. ``"coherent"``: the CPU reaches it as well, without a
+    fault: pages that migrate are exchanged for others (new PFNs) and stay mapped; needs the feature ``pfn``.
 
     Pages get there by migrate_to_device(), and home by migrate_to_system(), by a CPU fault, and when it or
     their address space is closed. It serves one address space at a time, from the first migration on.
@@ -49,13 +55,22 @@ class DeviceMemory:
     _event = Event.MIGRATE
 
     def __init__(
-        self, dev: Device | None, size: int, *, owner: Any = None, fault_around: int = FAULT_AROUND[0]
+        self,
+        dev: Device | None,
+        size: int,
+        *,
+        owner: Any = None,
+        fault_around: int = FAULT_AROUND[0],
+        kind: str = "private",
     ) -> None:
         size = operator.index(size)
         if not 0 < size < 1 << 46:
             raise _einval(f"size {size}", "give bytes, more than 0 and less than 64 TiB")
         if fault_around not in FAULT_AROUND:
             raise _einval(f"fault_around={fault_around!r}", f"give one of {FAULT_AROUND}")
+        if kind not in ("private", "coherent"):
+            raise _einval(f"kind={kind!r}", 'give "private" or "coherent"')
+        self.kind = kind
         self.device = dev
         self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
         self.owner = dev if owner is None else owner
@@ -95,6 +110,21 @@ class DeviceMemory:
             if (mm := self._mm) is not None:
                 check_pages(mm, what, start, end)
                 check(lib.pm_devmem_populate(self._native, start, end), what, addr=start, mm=mm)
+
+    def holds(self, start: int, end: int) -> npt.NDArray[np.bool_]:
+        """Which pages of [start, end), user addresses, are in this memory now: bool, one a 4 KiB page.
+
+        EINVAL; ESRCH in a forked child.
+        """
+        what = "DeviceMemory.holds"
+        self._check(what)
+        ret = np.zeros((end - start) // PAGE_SIZE, np.uint8)
+        with self._pointer:
+            if (mm := self._mm) is not None:
+                check_pages(mm, what, start, end)
+                buffer = ffi.from_buffer("uint8_t[]", ret)
+                check(lib.pm_devmem_holds(self._native, start, ret.size, buffer), what, addr=start, mm=mm)
+        return ret.astype(np.bool_)
 
     def close(self) -> None:
         """Bring all its pages home, and give the memory back. Idempotent, and quiet in a forked child.
@@ -147,6 +177,8 @@ class DeviceMemory:
     def _move_to(self, mm: AddressSpace, what: str) -> None:
         for feature in NEEDS[mm.fault_delivery]:
             mm.features.require(feature, what)
+        if self.kind == "coherent":
+            mm.features.require("pfn", what)
         if self.used:
             raise MirrorError(
                 errno.EXDEV,
@@ -156,6 +188,9 @@ class DeviceMemory:
         self._leave()
         made = ffi.new("pm_devmem **")
         check(self._create(mm, made), what, hint="free memory, or ulimit -v")
+        if self.kind == "coherent" and (ret := lib.pm_devmem_coherent(made[0])):
+            lib.pm_devmem_destroy(made[0])
+            check(ret, what, hint="fewer coherent memories of one address space")
         self._native, self._mm = made[0], mm
         check(lib.pm_devmem_fault_around(self._native, self.fault_around), what)
         mm._device_memory.add(self)
@@ -193,3 +228,17 @@ class DeviceMemory:
 
 def _einval(wrong: str, hint: str, what: str = "DeviceMemory") -> MirrorError:
     return MirrorError(errno.EINVAL, f"{what}: {wrong}", hint=hint)
+
+
+def coherent_pages(mm: AddressSpace, start: int, end: int) -> npt.NDArray[np.bool_]:
+    """Which pages of [start, end) are in coherent device memory: bool, one a 4 KiB page.
+
+    It is is_device_coherent_page(). EINVAL: no interval of whole pages. ESRCH.
+    """
+    what = "coherent_pages"
+    mm._check_here(what)
+    check_pages(mm, what, start, end)
+    ret = np.zeros((end - start) // PAGE_SIZE, np.uint8)
+    buffer = ffi.from_buffer("uint8_t[]", ret)
+    check(lib.pm_coherent_pages(mm.native, ffi.NULL, start, ret.size, buffer), what, addr=start, mm=mm)
+    return ret.astype(np.bool_)

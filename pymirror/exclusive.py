@@ -113,16 +113,20 @@ def make_device_exclusive_range(mm: AddressSpace, start: int, end: int, owner: A
     arena = _arena_of(mm, what)
     watch_movable(mm, start, end)
     pfns = np.zeros((end - start) // PAGE_SIZE, np.uint64)
-    made = DeviceExclusive(mm, start, pfns, owner)
-    with arena._serving(mm, what) as native, mm._migrating(what, start, end, owner, Event.EXCLUSIVE):
-        ret = lib.pm_exclusive(native, start, end, ffi.from_buffer("uint64_t[]", pfns))
-    if ret in (-errno.EINVAL, -errno.ENOMEM) and not pfns.any():
+    last = ffi.new("uint64_t *", end)
+    with arena._serving(mm, what) as native:
+        ret = lib.pm_exclusive_fault(native, start, last)
+        if ret == 0:
+            buffer = ffi.from_buffer("uint64_t[]", pfns)
+            with mm._migrating(what, start, int(last[0]), owner, Event.EXCLUSIVE):
+                ret = lib.pm_exclusive(native, start, last[0], buffer)
+    if ret in (-errno.EINVAL, -errno.ENOMEM):
         ret = -errno.EFAULT
-    if not pfns.any():
-        if ret == -errno.EBUSY:
-            check_handler(mm, what)
+    if ret == -errno.EBUSY and not pfns.any():
+        check_handler(mm, what)
+    elif not pfns.any():
         check(ret, what, addr=start, mm=mm)
-    return made
+    return DeviceExclusive(mm, start, pfns, owner)
 
 
 def exclusive_pfns(mm: AddressSpace, start: int, end: int) -> PfnArray:

@@ -272,6 +272,8 @@ CALLS = [
         lambda w: pm.make_device_exclusive_range(w.mm, w.start, w.end, w.device),
     ),
     Call("exclusive_pfns", lambda w: pm.exclusive_pfns(w.mm, w.start, w.end), OK, OK, SRCH, SRCH),
+    Call("coherent_pages", lambda w: pm.coherent_pages(w.mm, w.start, w.end), OK, OK, SRCH, SRCH),
+    Call("DeviceMemory.holds", lambda w: w.vram.holds(w.start, w.end), OK, OK, OK, SRCH),
     Call("DeviceExclusive.release", lambda w: w.exclusive.release(), DEADLK, DEADLK),
     _looks("DeviceExclusive.held", lambda w: w.exclusive.held),
     _looks("DeviceExclusive.end", lambda w: w.exclusive.end),

@@ -371,7 +371,7 @@ class TestMemoryThatDoesNotMove:
         mm.mprotect(buf.addr, buf.size, 1)
         pm.migrate_to_device(mm, buf.addr, buf.addr + PAGE, vram)
         with inject(call, nth, tid=threading.get_native_id()), suppress(pm.MirrorError):
-            assert to_device(buf, vram) in (0, PAGES - 1)
+            assert to_device(buf, vram) < PAGES
         assert intact(buf)
         assert to_device(buf, vram) == PAGES
         assert intact(buf)

@@ -119,8 +119,8 @@ def test_an_unknown_step_makes_a_scenario_unsupported_never_equal() -> None:
     assert summary.json()["equal"] == 0
 
 
-def test_coherent_devices_are_unsupported() -> None:
-    assert play(replace(scenario(), devices="coherent")).left_out == "coherent device memory"
+def test_devices_of_no_kind_are_unsupported() -> None:
+    assert play(replace(scenario(), devices="public")).left_out == "public device memory"
 
 
 def test_a_scenario_that_ends_with_its_child_alive_leaves_nothing() -> None:

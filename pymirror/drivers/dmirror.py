@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from mmap import PROT_EXEC
 from mmap import PROT_READ as PROT_READ_ACCESS
 
 import numpy as np
 import numpy.typing as npt
 
 from ..device import Device, DeviceFault
-from ..device_memory import DeviceMemory
+from ..device_memory import DeviceMemory, coherent_pages
 from ..errors import MirrorError, error
 from ..event import Event, Guarantee, MmuNotifierRange
 from ..exclusive import exclusive_pfns, make_device_exclusive_range
@@ -58,8 +59,11 @@ PROT_WRITE = 0x02
 PROT_PMD = 0x04
 PROT_ZERO = 0x10
 PROT_DEV_PRIVATE_LOCAL = 0x20
+PROT_DEV_COHERENT_LOCAL = 0x40
+PROT_DEV_COHERENT_REMOTE = 0x50
 
 _PMD_ORDER = 9
+_REMOTE = PROT_DEV_COHERENT_REMOTE & ~PROT_DEV_COHERENT_LOCAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,9 @@ class Quirks:
                             entries of the pages that move and no others.
     clears_new_pages        Pages that were never touched get memory of the device, cleared, when they
                             migrate; they come home as pages of zeroes, not as holes.
-    mapped_folios_stay      Pages of a large folio that no PMD maps as a whole do not migrate, and are not
-                            had exclusively.
-    setup_splits            A migration home, too, splits the huge pages that it looks at.
+    mapped_folios_stay      Pages of a large folio that no PMD maps as a whole do not migrate.
+    large_folios_not_had    Pages of a large folio are not had exclusively, and what maps it as a whole is
+    split. setup_splits            A migration home, too, splits the huge pages that it looks at.
     fault_timeout           Seconds in which a range fault is tried again before it is EBUSY.
     ======================  ==============================================================================
     """
@@ -93,6 +97,7 @@ class Quirks:
     own_migrations: bool = True
     clears_new_pages: bool = True
     mapped_folios_stay: bool = True
+    large_folios_not_had: bool = True
     setup_splits: bool = True
     fault_timeout: float = 1.0
 
@@ -129,13 +134,20 @@ class Dmirror:
     is closed).
     """
 
-    def __init__(self, mm: AddressSpace, name: str = "hmm_dmirror0", *, quirks: Quirks = LINUX_6_12) -> None:
+    def __init__(
+        self,
+        mm: AddressSpace,
+        name: str = "hmm_dmirror0",
+        *,
+        kind: str = "private",
+        quirks: Quirks = LINUX_6_12,
+    ) -> None:
         self.mm = mm
         self.quirks = quirks
         self.device = Device(name)
         self.lock = DriverLock()
         self._request: _Request | None = None
-        self.memory = DeviceMemory(self.device, MEMORY_SIZE)
+        self.memory = DeviceMemory(self.device, MEMORY_SIZE, kind=kind)
         self.device.set_fault_handler(self._device_fault)
         self.notifier = IntervalNotifier(mm, 0, WHOLE_MM, self._invalidate)
 
@@ -161,7 +173,7 @@ class Dmirror:
     def snapshot(self, addr: int, npages: int) -> Result:
         """SNAPSHOT: one PROT_* byte a page, faulting nothing."""
         protections = b"".join(
-            self._protections(self._range_fault(start, end, flags=0))
+            self._protections(start, self._range_fault(start, end, flags=0))
             for start, end in self._chunks(addr, addr + npages * PAGE)
         )
         return Result(npages, data=protections)
@@ -192,8 +204,8 @@ class Dmirror:
         return self._read_back(addr, npages)
 
     def _take(self, start: int, end: int) -> None:
-        if self._in_mapped_folio(start, end).size:
-            raise error(errno.EBUSY, "dmirror: exclusive access to a part", addr=start, mm=self.mm)
+        if self.quirks.large_folios_not_had and self._split_large(start, end):
+            raise error(errno.EBUSY, "dmirror: exclusive access to a large folio", addr=start, mm=self.mm)
         try:
             pfns = make_device_exclusive_range(self.mm, start, end, None).pfns
         except MirrorError as refused:
@@ -206,6 +218,22 @@ class Dmirror:
         seq = self.notifier.read_begin(self.quirks.fault_timeout)
         with self.lock:
             self.device.page_table.map(self.notifier, seq, start, pfns)
+
+    def _split_large(self, start: int, end: int) -> bool:
+        """Whether there is a page of a large folio, whose PMD is split then, and the folio is not."""
+        pfns = self._range_fault(start, end, flags=0)
+        mapped = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & ~is_device_private_pfn(pfns)
+        huge = np.flatnonzero(mapped & (hmm_pfn_to_map_order(pfns) == _PMD_ORDER))
+        vma = find_vma(self.mm.native, start)
+        if huge.size and vma is not None and not vma.hugetlb and not vma.shared:
+            addr = start + int(huge[0]) * PAGE
+            with self.mm.invalidate(addr // PMD_SIZE * PMD_SIZE, (addr // PMD_SIZE + 1) * PMD_SIZE):
+                pass
+            # A vma that ends within 2 MiB is what makes the kernel split them.
+            self.mm.mprotect(addr, PAGE, vma.prot ^ PROT_EXEC)
+            self.mm.mprotect(addr, PAGE, vma.prot)
+            return True
+        return bool(in_large_folio(hmm_pfn_to_pfn(pfns[mapped])).any())
 
     def check_exclusive(self, addr: int, npages: int) -> Result:
         """CHECK_EXCLUSIVE: EPERM while the device has one of the pages to itself."""
@@ -222,8 +250,7 @@ class Dmirror:
         huge = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & (hmm_pfn_to_map_order(pfns) == _PMD_ORDER)
         for page in np.flatnonzero(huge)[:1]:
             addr = start + int(page) * PAGE
-            migrate_to_device(self.mm, addr, addr + PAGE, self.memory)
-            migrate_to_system(self.mm, addr, addr + PAGE, self.memory)
+            make_device_exclusive_range(self.mm, addr, addr + PAGE, self.device).release()
 
     def _read_back(self, addr: int, npages: int) -> Result:
         """What the device reads, without a fault: ENOENT where it has no entry."""
@@ -248,7 +275,7 @@ class Dmirror:
 
     def _migrate_chunk(self, start: int, end: int, move: Callable[[int, int], int]) -> int:
         self._detect(start, end)
-        there = is_device_private_pfn(self._range_fault(start, end, flags=0))
+        there = self.memory.holds(start, end)
         before = self.device.page_table.entries(start, end)
         moved = move(start, end)
         self.mm.sync()
@@ -259,7 +286,7 @@ class Dmirror:
     def _keep(self, start: int, before: PfnArray, there: npt.NDArray[np.bool_], pfns: PfnArray) -> PfnArray:
         """What has come into the device's memory, and what the device had mapped and is what it was."""
         pfns = pfns | exclusive_pfns(self.mm, start, start + pfns.size * PAGE)
-        new = is_device_private_pfn(pfns) & ~there
+        new = self.memory.holds(start, start + pfns.size * PAGE) & ~there
         same = (before & pfns & np.uint64(PM_ENTRY_VALID)) != 0
         same &= hmm_pfn_to_pfn(before) == hmm_pfn_to_pfn(pfns)
         readonly = same & ~new & ((before & np.uint64(HMM_PFN_WRITE)) == 0)
@@ -402,7 +429,7 @@ class Dmirror:
             self.lock.release()
         return True
 
-    def _protections(self, pfns: npt.NDArray[np.uint64]) -> bytes:
+    def _protections(self, start: int, pfns: PfnArray) -> bytes:
         """Snapshot bytes of HMM pfns."""
         valid = (pfns & HMM_PFN_VALID) != 0
         writable = (pfns & HMM_PFN_WRITE) != 0
@@ -412,6 +439,11 @@ class Dmirror:
             protections |= np.where(hmm_pfn_to_pfn(pfns) == zero, PROT_ZERO, 0)
         protections |= np.where(hmm_pfn_to_map_order(pfns) == _PMD_ORDER, PROT_PMD, 0)
         protections |= np.where(is_device_private_pfn(pfns), PROT_DEV_PRIVATE_LOCAL, 0)
+        if self.memory.kind == "coherent":
+            end = start + pfns.size * PAGE
+            coherent = coherent_pages(self.mm, start, end)
+            protections |= np.where(coherent, PROT_DEV_COHERENT_LOCAL, 0)
+            protections |= np.where(coherent & ~self.memory.holds(start, end), _REMOTE, 0)
         protections = np.where(valid, protections, PROT_NONE)
         protections = np.where((pfns & HMM_PFN_ERROR) != 0, PROT_ERROR, protections)
         return protections.astype(np.uint8).tobytes()

@@ -79,7 +79,7 @@ def play(scenario: Scenario) -> Result:
     result = Result(scenario, scenario.unsupported())
     if result.left_out is not None:
         return result
-    with Stage(scenario.id) as stage:
+    with Stage(scenario.id, scenario.devices) as stage:
         for index, (step, expected) in enumerate(zip(scenario.steps, scenario.expect, strict=True)):
             outcome = stage.play(step)
             result.outcomes.append(outcome)

@@ -52,7 +52,7 @@ class Scenario:
 
     def unsupported(self) -> str | None:
         """Why this scenario cannot be replayed, or None."""
-        if self.devices != "private":
+        if self.devices not in ("private", "coherent"):
             return f"{self.devices} device memory"
         missing = sorted({str(step["op"]) for step in self.steps} - SUPPORTED_STEPS)
         return f"steps {', '.join(missing)}" if missing else None

@@ -43,13 +43,13 @@ class Stage:
     behind.
     """
 
-    def __init__(self, scenario: str = "") -> None:
+    def __init__(self, scenario: str = "", devices: str = "private") -> None:
         self._file_end = mapping_end(scenario)
         self._mm = AddressSpace()
         self._regions: list[Region] = []
         self._fds: list[int] = []
         # Open from the start, as in the recordings: what a notifier covers is watched from its birth.
-        self._mirrors = [Dmirror(self._mm, f"hmm_dmirror{number}") for number in range(DEVICES)]
+        self._mirrors = [Dmirror(self._mm, f"hmm_dmirror{number}", kind=devices) for number in range(DEVICES)]
         self._children: list[ForkedChild] = []
         self._addr = self._npages = 0
         self._kind = ""
