@@ -347,8 +347,6 @@ class Clock:
 
 
 class TestDeviceMemory:
-    """Only what holds whether the device reaches its memory or has to bring it home first."""
-
     SIZE = 4 * HUGE
 
     @pytest.fixture
@@ -405,8 +403,74 @@ class TestDeviceMemory:
         assert ctypes.string_at(start + 5, 5) == b"\1gpu\1"
         ctypes.memset(start + 7, 9, 1)
         assert svm.device.read(svm.mm, start + 5, 5) == b"\1g\x09u\1"
-        assert svm.stats.migrations >= 1
+        assert svm.stats.migrations >= 2
         del buf
+
+    def test_the_device_uses_it_where_it_is(self, make: Callable[..., Svm]) -> None:
+        svm = make()
+        buf, (start,) = self.chunks(svm, 1)
+        svm.device.write(svm.mm, start + PAGE, b"here")
+        assert svm.device.read(svm.mm, start, PAGE) == bytes([1]) * PAGE
+        assert svm.vram is not None
+        assert (svm.vram.used, svm.mm.stats()["device_faults"]) == (HUGE, 0)
+        assert (svm.stats.faults, self.there(svm)) == (1, [start])
+        del buf
+
+    def test_memory_that_nobody_has_touched_moves_too(self, make: Callable[..., Svm]) -> None:
+        svm = make()
+        buf, start = aligned(svm.mm, HUGE)
+        assert svm.device.read(svm.mm, start, PAGE) == bytes(PAGE)
+        svm.device.write(svm.mm, start, b"first")
+        assert (svm.stats.migrations, self.there(svm)) == (1, [start])
+        assert ctypes.string_at(start, 6) == b"first\0"
+        del buf
+
+    def test_after_a_fork_a_write_breaks_copy_on_write(self, make: Callable[..., Svm]) -> None:
+        svm = make()
+        buf, (start,) = self.chunks(svm, 1)
+        svm.device.write(svm.mm, start, b"before")
+
+        def child() -> None:
+            assert ctypes.string_at(start, 6) == b"before"
+            ctypes.memset(start, 9, 6)
+
+        assert in_child(child) == 0
+        assert svm.device.read(svm.mm, start, 6) == b"before"
+        svm.device.write(svm.mm, start, b"after!")
+        assert ctypes.string_at(start, 6) == b"after!"
+        del buf
+
+    def test_an_atomic_moves_memory_to_the_device(self, make: Callable[..., Svm]) -> None:
+        svm = make()
+        buf, (start,) = self.chunks(svm, 1)
+        svm.handle_fault(start, ctx=SvmContext(devmem_possible=False))
+        one = int.from_bytes(b"\1" * 8, "little")
+        assert svm.device.atomic_add(svm.mm, start, 2) == one
+        assert svm.device.compare_and_swap(svm.mm, start, one + 2, 5) == one + 2
+        assert (self.there(svm), svm.stats.exclusive) == ([start], 0)
+        assert in_child(lambda: None) == 0
+        assert svm.device.atomic_add(svm.mm, start, 1) == 5
+        assert ctypes.string_at(start, 8) == (6).to_bytes(8, "little")
+        del buf
+
+    def test_without_device_memory_it_has_the_page_to_itself(self, svm: Svm) -> None:
+        needs(*DEVICE_MEMORY)
+        buf = filled(svm.mm, 4)
+        before = int.from_bytes(as_bytes(buf)[PAGE : PAGE + 8], "little")
+        for number in range(3):
+            assert svm.device.atomic_add(svm.mm, buf.addr + PAGE, 1) == before + number
+        assert svm.stats.exclusive == 1
+        assert int.from_bytes(as_bytes(buf)[PAGE : PAGE + 8], "little") == before + 3
+        assert svm.device.atomic_add(svm.mm, buf.addr + PAGE, 1) == before + 3
+        assert svm.stats.exclusive == 2
+        assert svm.device.read(svm.mm, buf.addr, 4) == bytes(as_bytes(buf)[:4])
+
+    def test_an_atomic_on_memory_that_cannot_be_had_alone(self, svm: Svm) -> None:
+        needs(*DEVICE_MEMORY)
+        shared = svm.mm.mmap(PAGE, shared=True)
+        assert errno_of(svm.device.atomic_add, svm.mm, shared.addr, 1) == errno.EOPNOTSUPP
+        readonly = svm.mm.mmap(PAGE, prot=mmap.PROT_READ)
+        assert errno_of(svm.device.atomic_add, svm.mm, readonly.addr, 1) == errno.EPERM
 
     def test_its_own_events_are_filtered(self, make: Callable[..., Svm]) -> None:
         svm = make()
@@ -492,7 +556,20 @@ class TestDeviceMemory:
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["read", "write", "cpu", "bind", "evict", "drop", "foreign", "unmap", "protect", "fork", "pin"]
+            [
+                "read",
+                "write",
+                "cpu",
+                "bind",
+                "evict",
+                "drop",
+                "foreign",
+                "unmap",
+                "protect",
+                "fork",
+                "pin",
+                "add",
+            ]
         ),
         st.integers(0, 16 * PAGE - 1),
         st.integers(0, 4 * PAGE),
@@ -550,6 +627,11 @@ def test_the_device_sees_what_the_cpu_sees(
             elif step == "protect" and prot[page] is not None:
                 prot[page] = mmap.PROT_READ if prot[page] == 3 else 3
                 mm.mprotect(addr, PAGE, prot[page])
+            elif step == "add" and prot[page] == 3 and with_vram:
+                word = at // 8 * 8
+                old = int.from_bytes(model[word : word + 8], "little")
+                assert device.atomic_add(mm, buf.addr + word, number) == old
+                model[word : word + 8] = ((old + number) % (1 << 64)).to_bytes(8, "little")
             elif step == "fork":
                 assert in_child(lambda: None) == 0
             elif step == "pin" and prot[page] == 3 and "io_uring" in mm.features:

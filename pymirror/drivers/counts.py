@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Counts: what drivers count, from any thread and in callbacks."""
+"""Counts: what drivers count, and what callbacks leave for later, from any thread."""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import dataclass, fields
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -24,3 +28,11 @@ class Counts:
         """Field by name, as of one moment."""
         with self._lock:
             return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def take(left: deque[_T]) -> _T | None:
+    """The oldest of what callbacks left, None if there is none: other threads take too."""
+    try:
+        return left.popleft()
+    except IndexError:
+        return None

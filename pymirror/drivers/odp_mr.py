@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import error
 from ..walk import PAGE_SHIFT, USER_END
+from .counts import take
 from .umem_odp import OdpStats, UmemOdp
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ class ImplicitMr(OdpMr):
 
     def _reap(self) -> None:
         """destroy_unused_implicit_child_mr(), which the kernel leaves to a work queue."""
-        while self._empty:
-            umem = self._empty.popleft()
+        while (umem := take(self._empty)) is not None:
             index = umem.start // self.odp.imr_chunk
             with self._lock:
                 if umem.users or umem.npages or self._children.get(index) is not umem:

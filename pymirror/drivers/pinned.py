@@ -32,7 +32,7 @@ from ..lock import DriverLock
 from ..notifier import IntervalNotifier
 from ..pfn import PfnArray
 from ..walk import PAGE_SIZE, check_interval
-from .counts import Counts
+from .counts import Counts, take
 from .retry import HMM_RANGE_DEFAULT_TIMEOUT, RangeRetry, invalidated
 from .segments import dma_segments
 
@@ -367,5 +367,5 @@ class Pinned:
 
     def _reap(self) -> None:
         """Remove the notifiers of registrations that are gone; outside of callbacks."""
-        while self._removable:
-            self._removable.popleft().remove()
+        while (notifier := take(self._removable)) is not None:
+            notifier.remove()

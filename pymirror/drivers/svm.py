@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from ..vma import Vma
 from ..walk import PAGE_SHIFT, check_interval
 from .retry import HMM_RANGE_DEFAULT_TIMEOUT, RangeRetry, invalidated
 from .svm_devmem import SvmDevmem
+from .svm_exclusive import map_exclusive
 from .svm_faults import FaultIntake
 from .svm_range import SvmContext, SvmNotifier, SvmRange, SvmStats, check_chunks, chunk_of
 
@@ -55,7 +57,8 @@ class Svm:
     device pages come home: drm_gpusvm) or "split" (what is left stays: amdkfd). ``clock`` gives seconds.
 
     Device accesses raise what their fault was cancelled with: EFAULT where no memory is, or it must move to
-    the device (``devmem_only``) and does not, EPERM for a write to a read-only vma; ETIMEDOUT, ESRCH.
+    the device (``devmem_only``) and does not, EPERM for a write to a read-only vma, EOPNOTSUPP for an atomic
+    on shared or pinned memory; ETIMEDOUT, ESRCH.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Svm:
         self._devmem = SvmDevmem(mm, vram, self.notifier_lock, self.stats, clock)
         self.faults = FaultIntake(
             self.device,
-            self.handle_fault,
+            lambda fault: self.handle_fault(fault.addr, fault.write, atomic=fault.atomic),
             self.stats,
             timeout=4 * timeout + 1.0,
             busy_is_final=self.ctx.devmem_only,
@@ -142,12 +145,18 @@ class Svm:
         with self.notifier_lock:
             return [notifier for _, notifier in sorted(self._notifiers.items())]
 
-    def handle_fault(self, addr: int, write: bool = False, ctx: SvmContext | None = None) -> SvmRange:
+    def handle_fault(
+        self, addr: int, write: bool = False, ctx: SvmContext | None = None, *, atomic: bool = False
+    ) -> SvmRange:
         """xe_svm_handle_pagefault(): find or insert the range, migrate it, get its pages, map them.
+
+        For an ``atomic`` the memory moves to the device, or, where it does not, the device has the page to
+        itself until the CPU touches it.
 
         ENOENT: no vma. EPERM: a write to a vma that is not writable, or with ``read_only``. EFAULT: no
         memory can be had, or it is unmapped again and again. EBUSY: at the deadline, or ``devmem_only``.
-        ENOMEM, ESRCH; EDEADLK in a callback and under a driver lock.
+        EOPNOTSUPP: an atomic on memory that can neither move nor be had alone. ENOMEM, ESRCH; EDEADLK in a
+        callback and under a driver lock.
         """
         may_wait("svm: handle_fault")
         ctx = self.ctx if ctx is None else ctx
@@ -155,13 +164,14 @@ class Svm:
         with self._svm_lock:
             for _ in range(_ATTEMPTS):
                 self._garbage_collect()
-                found = self._find_or_insert(addr, write, ctx, sizes)
-                if self._serves(found, addr, write):
+                found = self._find_or_insert(addr, write or atomic, ctx, sizes)
+                if not atomic and self._serves(found, addr, write):
                     self.stats.add(valid=1)
                     return found
                 try:
-                    self._devmem.migrate(found, ctx)
-                    self._get_pages(found, write)
+                    if self._map(found, addr, write, ctx, atomic):
+                        self.stats.add(faults=1)
+                        return found
                 except MirrorError as refused:
                     if found.unmapped:
                         continue
@@ -170,15 +180,12 @@ class Svm:
                     # Not all of a chunk can be had: beyond the end of a file, say.
                     self._remove(found, keep_notifier=True)
                     sizes = self.chunk_sizes[-1:]
-                    continue
-                self.stats.add(faults=1)
-                return found
         raise error(
             errno.EFAULT,
-            f"svm: unmapped {_ATTEMPTS} times while it was faulted",
+            f"svm: unmapped or made read-only {_ATTEMPTS} times while it was faulted",
             addr=addr,
             mm=self.mm,
-            hint="go again when it stays mapped",
+            hint="go again when it stays as it is",
         )
 
     def bind(self, start: int, end: int, ctx: SvmContext | None = None) -> int:
@@ -211,7 +218,7 @@ class Svm:
     ) -> bool:
         def take_off() -> None:
             sub.set_seq(cur_seq)
-            own = update.event is Event.MIGRATE and update.owner is self.owner
+            own = update.owner is self.owner and self._devmem.moving
             mapped = False
             for rng in notifier.find(update.start, update.end):
                 mapped |= self.device.page_table.clear(rng.start, rng.end) > 0
@@ -221,8 +228,8 @@ class Svm:
                 if update.event is Event.UNMAP:
                     rng.holes.append((max(rng.start, update.start), min(rng.end, update.end)))
                     self._collect.append(rng)
-                elif update.event is Event.CLEAR:
-                    # Perhaps the CPU touched it, and it is to move again.
+                elif update.event in (Event.CLEAR, Event.MIGRATE):
+                    # The CPU touched it, and it is to move again.
                     rng.resident = False
             if own:
                 self.stats.add(own_events=1)
@@ -295,6 +302,35 @@ class Svm:
             notifier.sub, start, end, lambda seq, pfns: None, dev_private_owner=self.owner
         )
         return bool((pfns & np.uint64(HMM_PFN_VALID)).all())
+
+    def _map(self, rng: SvmRange, addr: int, write: bool, ctx: SvmContext, atomic: bool) -> bool:
+        """Where the memory should be, and mapped with the access that is asked for; False: again."""
+        if not atomic:
+            self._devmem.migrate(rng, ctx)
+            self._get_pages(rng, write)
+        elif not self._to_devmem(rng, ctx):
+            map_exclusive(self.retry, self.device, rng.notifier.sub, addr, self.owner)
+            self.stats.add(exclusive=1)
+            return True
+        else:
+            self._get_pages(rng, True)
+        if rng.writable or not (write or atomic):
+            return True
+        # Device pages that a fork made read-only: copy-on-write is broken at home, as of all memory.
+        self._devmem.evict(rng)
+        self._get_pages(rng, True)
+        return not atomic
+
+    def _to_devmem(self, rng: SvmRange, ctx: SvmContext) -> bool:
+        if self.vram is None or not ctx.devmem_possible:
+            return False
+        try:
+            self._devmem.migrate(rng, replace(ctx, devmem_only=True))
+        except MirrorError as refused:
+            if refused.errno != errno.EBUSY or ctx.devmem_only:
+                raise
+            return False
+        return True
 
     def _get_pages(self, rng: SvmRange, write: bool) -> None:
         """drm_gpusvm_range_get_pages(), and the device's page table."""

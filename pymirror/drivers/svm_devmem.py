@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import MirrorError, error
@@ -40,6 +42,13 @@ class SvmDevmem:
         self._stats = stats
         self._clock = clock
         self._there: dict[SvmRange, None] = {}
+        #: The thread that migrates now: its own events tell it nothing.
+        self._mover: int | None = None
+
+    @property
+    def moving(self) -> bool:
+        """Whether the calling thread is in a migration of this driver: a callback's own event."""
+        return self._mover == threading.get_ident()
 
     def migrate(self, rng: SvmRange, ctx: SvmContext) -> bool:
         """drm_gpusvm_migrate_to_devmem(), if it should be there and is not; whether anything moved.
@@ -95,7 +104,10 @@ class SvmDevmem:
             rng.since = self._clock()
         self._there[rng] = None
         try:
-            moved = migrate_to_device(self.mm, rng.start, rng.end, vram)
+            with self._move_own():
+                moved = migrate_to_device(self.mm, rng.start, rng.end, vram)
+                # alloc_page() and clear_highpage() for what nobody has touched yet.
+                vram.populate(rng.start, rng.end)
         except MirrorError as refused:
             if refused.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOSPC):
                 raise
@@ -120,9 +132,18 @@ class SvmDevmem:
 
     def _bring_home(self, vram: DeviceMemory, rng: SvmRange) -> int:
         try:
-            return migrate_to_system(self.mm, rng.start, rng.end, vram)
+            with self._move_own():
+                return migrate_to_system(self.mm, rng.start, rng.end, vram)
         except MirrorError as refused:
             # The end of the mm has brought everything home.
             if refused.errno != errno.ESRCH:
                 raise
             return 0
+
+    @contextmanager
+    def _move_own(self) -> Iterator[None]:
+        self._mover = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._mover = None

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 from ..callback import logger
-from ..device import Device
+from ..device import Device, DeviceFault
 from ..errors import MirrorError, error
 from ..fault_buffer import FaultBuffer, FaultEntry, coalesce
 from .svm_range import SvmStats
@@ -22,7 +22,7 @@ FAULT_BATCH = 256
 
 
 class FaultIntake:
-    """The fault buffer of ``device`` and its worker. ``serve(addr, write)`` serves a fault, or raises.
+    """The fault buffer of ``device`` and its worker. ``serve(fault)`` serves one, or raises.
 
     EBUSY leaves the fault for the next replay, or is EFAULT with ``busy_is_final``; another error cancels it.
     """
@@ -30,7 +30,7 @@ class FaultIntake:
     def __init__(
         self,
         device: Device,
-        serve: Callable[[int, bool], object],
+        serve: Callable[[DeviceFault], object],
         stats: SvmStats,
         *,
         timeout: float,
@@ -58,25 +58,26 @@ class FaultIntake:
             self.buffer.replay()
 
     def _serve_page(self, group: list[FaultEntry]) -> None:
-        """Faults of one page, a write first: what cannot be written may be read still."""
+        """Faults of one page, what asks for most first: what cannot be written may be read still."""
         while group:
-            fault = group[0].fault
-            refused = self._try(fault.addr, fault.write)
+            fault = max((entry.fault for entry in group), key=_strength)
+            refused = self._try(fault)
             if refused is None:
                 return
             if refused.errno == errno.EBUSY:
                 # Not cancelled: it faults again after the replay.
                 self.stats.add(busy=1)
                 return
-            cancelled = [entry for entry in group if entry.fault.write == fault.write]
+            cancelled = [entry for entry in group if _strength(entry.fault) == _strength(fault)]
             for entry in cancelled:
                 self.buffer.cancel(entry, refused)
             self.stats.add(cancelled=len(cancelled))
-            group = group[len(cancelled) :]
+            group = [entry for entry in group if entry not in cancelled]
 
-    def _try(self, addr: int, write: bool) -> MirrorError | None:
+    def _try(self, fault: DeviceFault) -> MirrorError | None:
+        addr = fault.addr
         try:
-            self._serve(addr, write)
+            self._serve(fault)
         except MirrorError as refused:
             if refused.errno == errno.EBUSY and self._busy_is_final:
                 # To a device EBUSY means again.
@@ -89,3 +90,7 @@ class FaultIntake:
             logger.exception("%s: serving a fault at %#x failed", self.device.name, addr)
             return error(errno.EIO, "svm: the driver failed", addr=addr, hint="the logger pymirror has it")
         return None
+
+
+def _strength(fault: DeviceFault) -> tuple[bool, bool]:
+    return fault.atomic, fault.write

@@ -50,8 +50,8 @@ class SvmStats(Counts):
     Faults: ``batches`` fetched, ``faults`` served, those that met a ``valid`` range, that were left for the
     next replay (``busy``) or ``cancelled``. Ranges: ``inserted``, ``dropped`` and ``split`` when they were
     collected. Device memory: ``migrations`` and ``migrated_pages``, ``evictions`` and ``evicted_pages``,
-    ``no_room`` where everything there is within its timeslice. Callbacks: ``invalidations``, those that met
-    no mapped range (``false_invalidations``), and ``own_events``.
+    ``no_room`` where everything there is within its timeslice, ``exclusive`` pages for atomics. Callbacks:
+    ``invalidations``, those that met no mapped range (``false_invalidations``), and ``own_events``.
     """
 
     batches: int = 0
@@ -67,6 +67,7 @@ class SvmStats(Counts):
     evictions: int = 0
     evicted_pages: int = 0
     no_room: int = 0
+    exclusive: int = 0
     invalidations: int = 0
     false_invalidations: int = 0
     own_events: int = 0
