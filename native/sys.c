@@ -351,10 +351,22 @@ void pm_sys_name_thread(const char *name)
     prctl(PR_SET_NAME, name);
 }
 
-/* Not cached: a thread-local copy would name the parent's thread after a fork. */
+/* Kept with the process that it is of: after a fork it would name the parent's thread. */
 int pm_gettid(void)
 {
-    return (int)syscall(SYS_gettid);
+    static _Thread_local struct {
+        uint64_t process;
+        int tid;
+    } kept __attribute__((tls_model("initial-exec")));
+    uint64_t process = pm_process();
+
+    if (!process)
+        return (int)syscall(SYS_gettid);
+    if (kept.process != process) {
+        kept.tid = (int)syscall(SYS_gettid);
+        kept.process = process;
+    }
+    return kept.tid;
 }
 
 uint64_t pm_now_ns(void)
