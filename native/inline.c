@@ -87,18 +87,34 @@ static enum verdict bring_home(struct pm_mm *mm, uint64_t addr)
     return NOT_OURS;
 }
 
-static enum verdict serve(struct pm_mm *mm, uint64_t addr)
+/*
+ * While an event is unread what is noted may be out of date, but then the kernel brings nothing home either.
+ * So it is asked only where it would not say so, and where it has just said so: drivers are told each time.
+ */
+static enum verdict serve_locked(struct pm_mm *mm, uint64_t addr)
 {
     enum verdict verdict = NOT_OURS;
     struct pm_vma vma;
 
-    pm_point(PM_POINT_INLINE_FAULT);
-    pm_lock(mm);
-    if (pm_events_unread(mm))
-        verdict = AGAIN;
-    else if (pm_watch_lists(mm, addr) && (resident(mm, addr) || fills(mm, addr, &vma)))
+    if (mm->met_unread && pm_events_unread(mm))
+        return AGAIN;
+    if (pm_watch_lists(mm, addr) && (resident(mm, addr) || fills(mm, addr, &vma)))
         verdict = bring_home(mm, addr);
-    pm_unlock(mm);
+    mm->met_unread = verdict == AGAIN;
+    return verdict == NOT_OURS && pm_events_unread(mm) ? AGAIN : verdict;
+}
+
+/* As pm_lock() does, but for signals, which the kernel has blocked for the handler. */
+static enum verdict serve(struct pm_mm *mm, uint64_t addr)
+{
+    enum verdict verdict;
+
+    pm_point(PM_POINT_INLINE_FAULT);
+    pthread_mutex_lock(&mm->lock);
+    pm_status_lock(mm, true);
+    verdict = serve_locked(mm, addr);
+    pm_status_lock(mm, false);
+    pthread_mutex_unlock(&mm->lock);
     return verdict;
 }
 

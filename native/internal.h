@@ -193,6 +193,7 @@ struct pm_mm {
 
     uint64_t disable;   /* features to do without */
     bool inline_faults; /* a CPU fault on device memory is a signal, see inline.c */
+    bool met_unread;    /* ... and the last one met an event that was unread; under the device lock */
     int maps_fd, pagemap_fd, uffd, wake_fd, spare_fd, status_fd;
     struct pm_status *status;
 
