@@ -225,6 +225,7 @@ class TestUndone:
             made.rng.unregister()
             made.unregistered.unregister()
             made.sub.remove()
+            made.lone_sub.remove()
             made.whole.unregister()
             made.driver.unregister()
         assert made.mm.stats()["subs"] == 0
