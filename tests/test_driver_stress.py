@@ -24,6 +24,7 @@ from seams import WAIT_S, foreign
 from test_stress import fine_switching
 
 import pymirror as pm
+from pymirror.device_memory import NEEDS
 from pymirror.drivers.odp import (
     IB_ACCESS_LOCAL_WRITE,
     IB_ACCESS_ON_DEMAND,
@@ -56,7 +57,7 @@ class Drivers:
         enter = self.stack.enter_context
         gpu = pm.Device("gpu", fault_timeout=PATIENCE_S)
         vram = None
-        if all(name in mm.features for name in ("uffd_kernel", "uffd_events", "move", "pagemap")):
+        if all(name in mm.features for name in NEEDS[mm.fault_delivery]):
             vram = enter(pm.DeviceMemory(gpu, 2 * PAGES * PAGE))
         self.svm = enter(Svm(mm, device=gpu, vram=vram, chunk_sizes=(8 * PAGE, PAGE), timeout=PATIENCE_S))
         self.userptr = enter(Userptr(mm, timeout=PATIENCE_S))
@@ -198,11 +199,12 @@ class Owner(threading.Thread):
     CHANGES = (write, write, write, drop, drop, replace, protect, bind, bind, add, add, migrate_home, fork)
 
 
+@pytest.mark.parametrize("delivery", ["thread", "inline"])
 @pytest.mark.timeout(60 + 40 * STRESS)
-def test_no_driver_sees_a_stale_byte() -> None:
+def test_no_driver_sees_a_stale_byte(delivery: str) -> None:
     seed = int(SEED) if SEED else 1 if "CI" in os.environ else random.SystemRandom().randrange(1 << 30)
     print(f"PYMIRROR_SEED={seed}")
-    with fine_switching(), pm.AddressSpace() as mm:
+    with fine_switching(), pm.AddressSpace(fault_delivery=delivery) as mm:
         drivers = Drivers(mm)
         try:
             owners = [Owner(drivers, f"{seed} {number}") for number in range(OWNERS)]
