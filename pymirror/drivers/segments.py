@@ -20,6 +20,8 @@ def dma_segments(daddrs: PfnArray, base: int, addr: int, n: int, size: int = 409
     if not n:
         return []
     first, last = (addr - base) // size, -(-(addr + n - base) // size)
+    if last - first == 1:
+        return [(int(daddrs[first]) + (addr - base) % size, n)]
     pages = daddrs[first:last]
     runs = [0, *(np.flatnonzero(np.diff(pages) != size) + 1).tolist(), last - first]
     found: Segments = []

@@ -184,12 +184,17 @@ class UmemOdp:
     def _translate(self, addr: int, n: int, write: bool) -> Segments | None:
         """DMA addresses and lengths of [addr, addr + n), None where an entry does not permit the access."""
         first, last = self._entries(addr, addr + n)
-        allowed = np.uint64(ODP_WRITE_ALLOWED if write else ODP_READ_ALLOWED)
+        allowed = ODP_WRITE_ALLOWED if write else ODP_READ_ALLOWED
+        size = 1 << self.page_shift
+        if last - first == 1:
+            entry = int(self.dma_list[first])
+            found = [((entry & ODP_DMA_ADDR_MASK) + (addr - self.start) % size, n)]
+            return found if entry & allowed else None
+        # Once, for the callbacks change them meanwhile.
         entries = self.dma_list[first:last].copy()
-        if not (entries & allowed).all():
+        if not (entries & np.uint64(allowed)).all():
             return None
-        begin = self.start + (first << self.page_shift)
-        return dma_segments(entries & np.uint64(ODP_DMA_ADDR_MASK), begin, addr, n, 1 << self.page_shift)
+        return dma_segments(entries & np.uint64(ODP_DMA_ADDR_MASK), self.start + first * size, addr, n, size)
 
     def _program(self, seq: int, first: int, last: int, pfns: PfnArray) -> int:
         assert self._map is not None
