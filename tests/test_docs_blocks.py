@@ -28,6 +28,9 @@ STANDS_IN = {
     "make demo": "make demo DEMO_ARGS='--seconds 0.5'",
     "make bench": f"make bench BENCH_ARGS='{_SMALL}'",
     'make bench BENCH_ARGS="fault-warm --rounds 400"': f"make bench BENCH_ARGS='fault-warm {_SMALL}'",
+    ".venv/bin/pymirror study --html build/study.html": (
+        "pymirror study --html build/study.html --size 1M --chunk 16K --rounds 1"
+    ),
     ".venv/bin/python -m benchmarks '*dma*' --json": f"python -m benchmarks '*dma*' --json {_SMALL}",
     ".venv/bin/python -m benchmarks 'fault-*' --json": f"python -m benchmarks 'fault-*' --json {_SMALL}",
 }

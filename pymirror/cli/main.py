@@ -30,6 +30,7 @@ EPILOG = """\
 examples:
   pymirror doctor                       what can be done here, and what would help
   pymirror demo                         the main job, on real memory
+  pymirror study                        mirror or pin? figures of this machine
   pymirror inspect 4242                 a process that hangs
   pymirror COMMAND --help               more of each
 
@@ -47,6 +48,7 @@ COMMANDS = {
     "inspect": ("pymirror.cli.inspect", "InspectCommand"),
     "demo": ("pymirror.cli.demo", "DemoCommand"),
     "replay": ("pymirror.cli.replay", "ReplayCommand"),
+    "study": ("pymirror.cli.study", "StudyCommand"),
     "completion": ("pymirror.cli.completion", "CompletionCommand"),
 }
 
