@@ -170,7 +170,7 @@ class Svm:
                     return found
                 try:
                     if self._map(found, addr, write, ctx, atomic):
-                        self.stats.add(faults=1)
+                        self.stats.add(faults=1, pages=len(found) >> PAGE_SHIFT)
                         return found
                 except MirrorError as refused:
                     if found.unmapped:

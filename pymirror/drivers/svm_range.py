@@ -47,15 +47,17 @@ class SvmContext:
 class SvmStats(Counts):
     """Counts.
 
-    Faults: ``batches`` fetched, ``faults`` served, those that met a ``valid`` range, that were left for the
-    next replay (``busy``) or ``cancelled``. Ranges: ``inserted``, ``dropped`` and ``split`` when they were
-    collected. Device memory: ``migrations`` and ``migrated_pages``, ``evictions`` and ``evicted_pages``,
-    ``no_room`` where everything there is within its timeslice, ``exclusive`` pages for atomics. Callbacks:
-    ``invalidations``, those that met no mapped range (``false_invalidations``), and ``own_events``.
+    Faults: ``batches`` fetched, ``faults`` served and the ``pages`` of their ranges, those that met a
+    ``valid`` range, that were left for the next replay (``busy``) or ``cancelled``. Ranges: ``inserted``,
+    ``dropped`` and ``split`` when they were collected. Device memory: ``migrations`` and ``migrated_pages``,
+    ``evictions`` and ``evicted_pages``, ``no_room`` where everything there is within its timeslice,
+    ``exclusive`` pages for atomics. Callbacks: ``invalidations``, those that met no mapped range
+    (``false_invalidations``), and ``own_events``.
     """
 
     batches: int = 0
     faults: int = 0
+    pages: int = 0
     valid: int = 0
     busy: int = 0
     cancelled: int = 0

@@ -37,7 +37,7 @@ from ..pfn import (
     PfnArray,
     hmm_pfn_to_map_order,
 )
-from ..walk import PAGE_SHIFT
+from ..walk import PAGE_SHIFT, PAGE_SIZE
 from .counts import Counts
 from .retry import RangeRetry, RetryStats, invalidated
 from .segments import Segments, dma_segments
@@ -140,6 +140,8 @@ class UmemOdp:
         first, last = self._entries(start, end)
         request = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if write else 0)
         mapped = 0
+        # What was mapped here after the registration is not watched yet.
+        self.mm.watch(start // PAGE_SIZE * PAGE_SIZE, -(-end // PAGE_SIZE) * PAGE_SIZE, files=True)
 
         def program(seq: int, pfns: PfnArray) -> None:
             nonlocal mapped
