@@ -22,7 +22,7 @@ static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot)
     struct uffdio_copy copy = {
         .dst = addr, .src = slot, .len = PM_PAGE_SIZE, .mode = UFFDIO_COPY_MODE_DONTWAKE};
     uint64_t seen;
-    int err = pm_pagemap_read(mm, slot, 1, &seen);
+    int err = pm_pagemap_fill(mm, slot, 1, &seen);
 
     if (err)
         return err;
@@ -326,7 +326,7 @@ static uint64_t used_run(struct pm_mm *mm, uint64_t slot, uint64_t n, uint64_t *
     uint64_t seen[PM_HUGE_PAGES], i = 0, first;
 
     n = pm_min(n, PM_HUGE_PAGES);
-    if (pm_pagemap_read(mm, slot, n, seen))
+    if (pm_pagemap_fill(mm, slot, n, seen))
         memset(seen, 0xff, sizeof(seen));
     while (i < n && !(seen[i] & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
         i++;

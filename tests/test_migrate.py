@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -547,6 +548,21 @@ class TestEnds:
         mm.close()
         assert vram.used == 0
         assert np.array_equal(view, pattern(PAGES))
+        vram.close()
+
+    @pytest.mark.parametrize("delivery", ["thread", "inline"])
+    @pytest.mark.parametrize("touched", [True, False])
+    def test_closing_the_address_space_where_pages_do_not_move(self, touched: bool, delivery: str) -> None:
+        vram = pm.DeviceMemory(pm.Device("d9"), pm.MiB)
+        mm = pm.AddressSpace(fault_delivery=delivery)
+        buf = patterned(mm, 1) if touched else mm.mmap(PAGE)
+        view = np.frombuffer(buf, np.uint8)
+        assert to_device(buf, vram) == 1
+        if touched:
+            mm.mprotect(buf.addr, PAGE, mmap.PROT_READ)
+        mm.close()
+        assert vram.used == 0
+        assert np.array_equal(view, pattern(1) if touched else np.zeros(PAGE, np.uint8))
         vram.close()
 
     @pytest.mark.parametrize("delivery", ["thread", "inline"])
