@@ -54,6 +54,7 @@ struct pm_devices {
     uint64_t *top;
     uint64_t *coherent; /* another such tree: see coherent.c */
     uint64_t around;    /* bytes that a CPU fault brings home */
+    bool met_holes;     /* some of what has come home last may have been holes */
     bool minor;         /* memory of files has left: its holes are the file's pages */
     struct pm_devmem_stats stats;
 };

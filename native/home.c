@@ -27,8 +27,10 @@ static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot)
     if (err)
         return err;
     /* Never touched: a hole at home, too. */
-    if (!(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
+    if (!(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED))) {
+        mm->devices->met_holes = true;
         return PM_PAGE_SIZE;
+    }
     err = pm_sys_ioctl(mm->uffd, UFFDIO_COPY, &copy);
     /* EEXIST: something is there that is younger, a guard page for one. */
     if (err && err != -EEXIST)
@@ -50,6 +52,22 @@ void pm_home_readonly(struct pm_mm *mm, uint64_t start, uint64_t end)
         pm_watch_protect(mm, start, end);
 }
 
+/* A run of pages; nobody is woken. Of one page the kernel says whether its slot is a hole (ENOENT), which a
+ * fault on it must fill: the call that would find out is saved. */
+static int64_t move_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len)
+{
+    struct pm_abi_uffdio_move move = {
+        .dst = addr, .src = slot, .len = len, .mode = PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE};
+    int err;
+
+    if (len > PM_PAGE_SIZE) {
+        mm->devices->met_holes = true;
+        return pm_move_pages(mm->uffd, addr, slot, len, PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+    }
+    err = pm_sys_ioctl(mm->uffd, PM_ABI_UFFDIO_MOVE, &move);
+    return err ? err : PM_PAGE_SIZE;
+}
+
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only)
 {
     struct pm_devices *devices = mm->devices;
@@ -64,8 +82,7 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
         got = PM_PAGE_SIZE;
         if (only && pm_devmem_of(devices, slot) != only)
             continue;
-        got = pm_move_pages(mm->uffd, addr, slot, pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT,
-                            PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+        got = move_home(mm, addr, slot, pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT);
         if (got < 0 && got != -EAGAIN)
             got = copy_home(mm, addr, slot);
         if (got < 0)
@@ -273,19 +290,28 @@ static int fill_hole(struct pm_mm *mm, uint64_t addr)
     return err;
 }
 
+static bool resident(struct pm_mm *mm, uint64_t addr)
+{
+    return mm->devices && pm_resident(mm->devices, addr);
+}
+
 int pm_home_fault(struct pm_mm *mm, uint64_t addr)
 {
     uint64_t start = addr, end = addr + PM_PAGE_SIZE;
+    bool there = resident(mm, addr), fill = !there;
     int64_t err = 0;
 
-    if (mm->devices && pm_resident(mm->devices, addr)) {
+    if (there) {
         span_around(mm, addr, &start, &end);
+        mm->devices->met_holes = false;
         err = pm_home_told(mm, start, end);
+        there = resident(mm, addr);
+        fill = !there && mm->devices->met_holes;
     }
-    if (!mm->devices || !pm_resident(mm->devices, addr))
+    if (fill)
         err = fill_hole(mm, addr);
-    /* Whatever did not work is tried again when the thread faults again. */
-    if (!mm->inline_faults)
+    /* Whatever did not work is tried again when the thread faults again; what did has woken it. */
+    if (!mm->inline_faults && (there || err < 0))
         pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){start, end - start});
     return err < 0 ? (int)err : 0;
 }

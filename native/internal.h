@@ -208,6 +208,7 @@ struct pm_mm {
     atomic_uint_least64_t active;  /* length of invs */
     struct pm_inv *invs;
     struct pm_inv linger[PM_LINGER_MAX];
+    uint32_t nlinger; /* slots of it that are used: the monitor's own */
     struct pm_inv fork_inv[PM_FORK_PIECES];
     uint32_t fork_pieces;
     int fork_tid; /* thread inside a libc fork */
@@ -254,7 +255,7 @@ struct pm_mm {
 
     pthread_t monitor;
     bool monitor_running;
-    bool stop_monitor;
+    atomic_bool stop_monitor;
     bool protect_after_fork; /* a raw clone was seen; the monitor's own */
 
     struct pm_mm_stats stats; /* under the device lock, but for populated_pages */
@@ -276,6 +277,7 @@ uint64_t pm_process(void);
 int pm_process_mark(uint64_t *ret);
 void pm_lock(struct pm_mm *mm); /* blocks asynchronous signals too: a handler must not meet the lock */
 void pm_unlock(struct pm_mm *mm);
+void pm_all_blocked(void); /* this thread has every signal blocked, and keeps it so */
 void pm_unlock_masked(struct pm_mm *mm, sigset_t *outside); /* signals stay blocked; what was before */
 /* Wait on a condition under the lock until `until_ns` (CLOCK_MONOTONIC): 0 or -ETIMEDOUT. */
 int pm_wait(struct pm_mm *mm, pthread_cond_t *cond, uint64_t until_ns);

@@ -94,12 +94,22 @@ void pm_mm_exit(struct pm_mm *mm)
  */
 static _Thread_local sigset_t mask_outside __attribute__((tls_model("initial-exec")));
 
+/* Two system calls less for each hold of the lock. */
+static _Thread_local bool all_blocked __attribute__((tls_model("initial-exec")));
+
+void pm_all_blocked(void)
+{
+    all_blocked = true;
+}
+
 void pm_lock(struct pm_mm *mm)
 {
     sigset_t all;
 
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &mask_outside);
+    if (!all_blocked) {
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &mask_outside);
+    }
     pthread_mutex_lock(&mm->lock);
     pm_status_lock(mm, true);
 }
@@ -115,7 +125,8 @@ void pm_unlock(struct pm_mm *mm)
 {
     pm_status_lock(mm, false);
     pthread_mutex_unlock(&mm->lock);
-    pthread_sigmask(SIG_SETMASK, &mask_outside, NULL);
+    if (!all_blocked)
+        pthread_sigmask(SIG_SETMASK, &mask_outside, NULL);
 }
 
 int pm_wait(struct pm_mm *mm, pthread_cond_t *cond, uint64_t until_ns)

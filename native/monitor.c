@@ -66,8 +66,10 @@ static struct pm_inv *linger_slot(struct pm_mm *mm, uint64_t now)
     struct pm_inv *oldest = &mm->linger[0];
 
     for (int i = 0; i < PM_LINGER_MAX; i++) {
-        if (!mm->linger[i].used)
+        if (!mm->linger[i].used) {
+            mm->nlinger++;
             return &mm->linger[i];
+        }
         if (mm->linger[i].earliest_ns < oldest->earliest_ns)
             oldest = &mm->linger[i];
     }
@@ -278,7 +280,7 @@ static bool linger_over(struct pm_mm *mm, const struct pm_inv *inv)
 
 static void end_lingering(struct pm_mm *mm)
 {
-    for (int i = 0; i < PM_LINGER_MAX; i++) {
+    for (int i = 0; mm->nlinger && i < PM_LINGER_MAX; i++) {
         struct pm_inv *inv = &mm->linger[i];
 
         /* Only this thread opens, stretches and ends these. */
@@ -288,28 +290,10 @@ static void end_lingering(struct pm_mm *mm)
         pm_lock(mm);
         pm_inv_close(mm, inv);
         inv->used = false;
+        mm->nlinger--;
         pm_status_update(mm);
         pm_unlock(mm);
     }
-}
-
-static bool any_lingering(const struct pm_mm *mm)
-{
-    for (int i = 0; i < PM_LINGER_MAX; i++) {
-        if (mm->linger[i].used)
-            return true;
-    }
-    return false;
-}
-
-static bool stopping(struct pm_mm *mm)
-{
-    bool stop;
-
-    pm_lock(mm);
-    stop = mm->stop_monitor;
-    pm_unlock(mm);
-    return stop;
 }
 
 static void announce_start(struct pm_mm *mm)
@@ -328,14 +312,15 @@ static void *monitor_main(void *arg)
     struct pollfd fds[2] = {{.fd = mm->uffd, .events = POLLIN}, {.fd = mm->wake_fd, .events = POLLIN}};
 
     pm_thread_name("pymirror-mon");
+    pm_all_blocked();
     announce_start(mm);
-    while (!stopping(mm)) {
+    while (!atomic_load(&mm->stop_monitor)) {
         int n;
 
         if (mm->status)
             mm->status->monitor_loop_ns = pm_now_ns();
         set_state(mm, 1);
-        n = pm_sys_poll(fds, 2, any_lingering(mm) ? LINGER_STEP_MS : 1000);
+        n = pm_sys_poll(fds, 2, mm->nlinger ? LINGER_STEP_MS : 1000);
         if (n < 0)
             nanosleep(&(struct timespec){.tv_nsec = 1000 * 1000}, NULL);
         if (n > 0 && (fds[0].revents & POLLIN))
@@ -371,9 +356,7 @@ void pm_monitor_stop(struct pm_mm *mm)
 
     if (!mm->monitor_running)
         return;
-    pm_lock(mm);
-    mm->stop_monitor = true;
-    pm_unlock(mm);
+    atomic_store(&mm->stop_monitor, true);
     pm_sys_write(mm->wake_fd, &one, sizeof(one));
     pthread_join(mm->monitor, NULL);
     mm->monitor_running = false;

@@ -91,8 +91,8 @@ static void write_active(struct pm_mm *mm, struct pm_status *status)
             .undelivered = inv->undelivered,
         };
     }
-    if (i < n)
-        memset(&status->inv[i], 0, (n - i) * sizeof(status->inv[0]));
+    for (; i < n && status->inv[i].since_ns; i++)
+        memset(&status->inv[i], 0, sizeof(status->inv[i]));
 }
 
 void pm_status_inflight(struct pm_mm *mm)
