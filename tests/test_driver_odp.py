@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,6 +410,24 @@ class TestAtomics:
         mr = whole(odp, buf)
         assert errno_of(odp.fetch_add, mr.rkey, buf.addr + 4, 1) == errno.EINVAL
         assert errno_of(odp.fetch_add, mr.rkey, buf.addr + PAGE - 7, 1) == errno.EFAULT
+
+
+def test_page_faults_and_retries_are_on_a_trace(odp: Odp, tmp_path: Path) -> None:
+    buf = filled(odp.mm, PAGES)
+    mr = whole(odp, buf)
+    path = tmp_path / "trace.json"
+    with pm.Trace(path):
+        odp.advise_mr(ADVICE_PREFETCH, [IbSge(buf.addr, PAGE, mr.lkey)])
+        odp.read(mr.rkey, buf.addr, 2 * PAGE)
+        mr.umem.retry.run(mr.umem.notifier, lambda seq: changes_once(odp, buf, mr), lambda *_: None)
+    names = [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
+    assert (names.count("odp prefetch"), names.count("odp page fault")) == (1, 1)
+    assert names.count("read_retry: invalidated meanwhile") == 1
+
+
+def changes_once(odp: Odp, buf: pm.Region, mr: OdpMr) -> None:
+    if not mr.stats.invalidations:
+        invalidate(odp.mm, buf.addr)
 
 
 class TestRaces:

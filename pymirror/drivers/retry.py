@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from .. import trace
 from ..errors import MirrorError, error
 from ..event import MmuNotifierRange
 from ..lock import DriverLock
@@ -144,6 +145,7 @@ class RangeRetry:
                 self.stats.add(done=1)
                 return seen
             self.stats.add(moved=1)
+            trace.instant(trace.Track.RETRY, "read_retry: invalidated meanwhile", sub.mm, seq=seq)
 
     def _begin(self, sub: IntervalNotifier, timeout: float, rounds: int, addr: int | None) -> int:
         try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import trace
 from ..dma.direction import DMA_MAPPING_ERROR
 from ..dma.engine import IommuFaultError, StaleDmaError
 from ..errors import error
@@ -150,13 +151,15 @@ class UmemOdp:
             mapped = self._program(seq, first, last, pfns)
             self._count_fault(mapped, prefetch)
 
-        self.retry.fault(
-            self.notifier,
-            self.start + (first << self.page_shift),
-            self.start + (last << self.page_shift),
-            program,
-            default_flags=request if fault else 0,
-        )
+        what = "odp prefetch" if prefetch else "odp page fault"
+        with trace.span(trace.Track.FAULT, what, self.mm, start, end, write=write):
+            self.retry.fault(
+                self.notifier,
+                self.start + (first << self.page_shift),
+                self.start + (last << self.page_shift),
+                program,
+                default_flags=request if fault else 0,
+            )
         return mapped
 
     def permits(self, addr: int, n: int, write: bool) -> bool:
