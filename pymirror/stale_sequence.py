@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ _REFUSALS = 3
 
 
 class _Last(threading.local):
-    """The last refusal of this thread, and how often it has come."""
+    """The last stale sequence that this thread came with, whose it was, and how often."""
 
-    refused: tuple[int, int] | None = None
+    sub: weakref.ref[IntervalNotifier] | None = None
+    seq: int = 0
     times: int = 0
 
 
@@ -30,9 +32,13 @@ _last = _Last()
 
 def note_refusal(sub: IntervalNotifier, seq: int) -> None:
     """hmm_range_fault() has refused ``seq``; RuntimeWarning when this thread gets that again and again."""
-    refused = (id(sub), seq)
-    _last.times = _last.times + 1 if _last.refused == refused else 1
-    _last.refused = refused
+    # EBUSY has other reasons too: then the sequence may stand, and come again.
+    if not sub.check_retry(seq):
+        return
+    again = _last.sub is not None and _last.sub() is sub and _last.seq == seq
+    _last.times = _last.times + 1 if again else 1
+    if not again:
+        _last.sub, _last.seq = weakref.ref(sub), seq
     if _last.times != _REFUSALS:
         return
     warnings.warn(

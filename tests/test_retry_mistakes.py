@@ -139,6 +139,23 @@ class TestTheSequence:
             invalidate(driver.mm, driver.buf.addr)
             assert self.refuse(driver, seq, 2) == []
 
+    def test_a_sequence_that_stands_is_refused_for_another_reason(
+        self, driver: Locked, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refused = pm.MirrorError(errno.EBUSY, "it cannot be had at the moment")
+        monkeypatch.setattr("pymirror.walk.walk_error", lambda *_: refused)
+        driver.mm.munmap(driver.buf.addr, PAGE)
+        assert self.refuse(driver, driver.sub.read_begin(), 5) == []
+
+    def test_notifiers_that_come_and_go_with_the_same_number_make_no_mistake(self) -> None:
+        for _ in range(5):
+            with pm.AddressSpace() as mm:
+                driver = Locked(mm)
+                seq = driver.sub.read_begin()
+                invalidate(mm, driver.buf.addr)
+                assert self.refuse(driver, seq, 1) == []
+                driver.sub.remove()
+
     def test_many_threads_that_lose_the_same_race_make_no_mistake(self, driver: Locked) -> None:
         seq = driver.sub.read_begin()
         invalidate(driver.mm, driver.buf.addr)
