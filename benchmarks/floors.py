@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -47,7 +48,7 @@ def timed() -> ctypes.CDLL:
     """The loops of timed.c. What they return is 64 bits wide, addresses are ints."""
     library = ctypes.CDLL(str(_compile(ROOT / "benchmarks" / "timed.c", "timed.so", "-shared", "-fPIC")))
     word = ctypes.c_uint64
-    for name, arguments in (("touches", 3), ("copy", 4), ("removes", 2)):
+    for name, arguments in (("touches", 3), ("copy", 4), ("removes", 2), ("writes", 2), ("churn", 1)):
         function = getattr(library, f"timed_{name}")
         function.restype, function.argtypes = word, [word] * arguments
     return library
@@ -70,8 +71,23 @@ def floor(name: str, *args: int, work: int, per: int = 1) -> Iterator[Side]:
 
     ``work`` is what a round must report to have done: pages found present, bytes copied, calls made.
     """
-    command = [str(build(name)), *map(str, args)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with _child(name, [str(build(name)), *map(str, args)], work, per) as one_round:
+        yield one_round
+
+
+@contextmanager
+def program(work: str, size: int, *, watched: bool, done: int) -> Iterator[Side]:
+    """The same of the Python program idle.py, whose memory is watched or not."""
+    command = [sys.executable, "-m", "benchmarks.idle", work, str(size), str(int(watched))]
+    with _child(work, command, done, 1) as one_round:
+        yield one_round
+
+
+@contextmanager
+def _child(name: str, command: list[str], work: int, per: int) -> Iterator[Side]:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         requests, answers = child.stdin.fileno(), child.stdout

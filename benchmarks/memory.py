@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -50,6 +50,12 @@ def huge_pages(mm: pm.AddressSpace, size: int) -> Aligned:
     return _aligned(mm, size, mmap.MADV_HUGEPAGE)
 
 
+def hugetlb_pages(mm: pm.AddressSpace, size: int) -> Aligned:
+    """The same, of the pool of huge pages. MirrorError: there are too few."""
+    region = mm.mmap(size, huge="hugetlb")
+    return Aligned(region, region.addr, region.addr + size)
+
+
 def _aligned(mm: pm.AddressSpace, size: int, advice: int) -> Aligned:
     region = mm.mmap(size + HUGE_PAGE)
     start = region.addr + -region.addr % HUGE_PAGE
@@ -57,12 +63,17 @@ def _aligned(mm: pm.AddressSpace, size: int, advice: int) -> Aligned:
     return Aligned(region, start, start + size)
 
 
+Pages = Callable[[pm.AddressSpace, int], Aligned]
+
+
 @contextmanager
-def mirrored(size: int) -> Iterator[tuple[Aligned, pm.Range]]:
+def mirrored(
+    size: int, pages: Pages = small_pages, disable: tuple[str, ...] = ()
+) -> Iterator[tuple[Aligned, pm.Range]]:
     """Touched memory in an address space of its own, and a range over it that asks for write access."""
     with ExitStack() as stack:
-        mm = stack.enter_context(pm.AddressSpace())
-        memory = small_pages(mm, size)
+        mm = stack.enter_context(pm.AddressSpace(disable=disable))
+        memory = pages(mm, size)
         memory.bytes[:] = 1
         rng = stack.enter_context(stack.enter_context(pm.Mirror(mm)).range(memory.start, memory.end))
         rng.default_flags = pm.HMM_PFN_REQ_FAULT | pm.HMM_PFN_REQ_WRITE

@@ -34,7 +34,11 @@ def results(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, ob
 
 
 @pytest.mark.parametrize("name", registered())
-def test_a_benchmark_runs_and_gives_sane_figures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_runs_and_gives_sane_figures(
+    name: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    if "hugetlb" in name:
+        request.getfixturevalue("hugepages")
     (result,) = results(capsys, name)
     assert set(result) == {"name", "ours", "floor", "ratio", "spread", "goal", "unit", "alternatives"}
     assert result["name"] == name

@@ -2,7 +2,7 @@
 
 import importlib
 
-SUBJECTS = ("fault", "mm", "notifier", "device", "dma", "dma_api", "pin", "iova", "migrate")
+SUBJECTS = ("fault", "mm", "notifier", "device", "dma", "dma_api", "pin", "iova", "migrate", "idle")
 
 
 def load() -> None:

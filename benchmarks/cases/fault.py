@@ -12,8 +12,21 @@ import numpy as np
 
 import pymirror as pm
 from benchmarks.floors import floor
-from benchmarks.memory import PAGE, VALID_WRITE, expect, mirrored, small_pages
+from benchmarks.memory import (
+    HUGE_PAGE,
+    PAGE,
+    VALID_WRITE,
+    Pages,
+    expect,
+    huge_pages,
+    hugetlb_pages,
+    mirrored,
+    small_pages,
+)
 from benchmarks.registry import Scale, Side, Sides, benchmark
+
+#: What pagemap_read.c calls the kinds of pages.
+THP, HUGETLB = 1, 2
 
 PM_PRESENT = 1 << 63
 PM_EXCLUSIVE = 1 << 56
@@ -32,7 +45,7 @@ def expect_writable(pfns: np.ndarray, npages: int) -> None:
     expect(writable == npages, f"{writable} of {npages} pages are valid and writable")
 
 
-@benchmark("fault-warm", goal=1.3, unit="us", rounds=100, setups=5)
+@benchmark("fault-warm", goal=1.15, unit="us", rounds=100, setups=5)
 @contextmanager
 def fault_warm(scale: Scale) -> Iterator[Sides]:
     """rng.fault() for writing of 64 MiB of present 4 KiB pages; against one pread of their pagemap."""
@@ -86,7 +99,58 @@ def by_loop(data: bytes) -> list[int]:
     return pfns
 
 
-@benchmark("fault-cold", goal=1.15, unit="ms", rounds=24, setups=3, primed=False)
+@contextmanager
+def warm(
+    size: int, kind: int = 0, pages: Pages = small_pages, disable: tuple[str, ...] = ()
+) -> Iterator[Sides]:
+    """Present memory, of the floor's kind of pages; ours may go without features."""
+    npages = size // PAGE
+    with (
+        mirrored(size, pages, disable) as (_, rng),
+        floor("pagemap_read", size, kind, work=npages) as bare,
+    ):
+
+        def ours() -> float:
+            ns = timed_fault(rng)
+            expect_writable(rng.pfns, npages)
+            return ns
+
+        yield Sides(ours, bare)
+
+
+@benchmark("fault-warm-1g", goal=1.15, unit="ms", rounds=20, setups=2)
+@contextmanager
+def fault_warm_1g(scale: Scale) -> Iterator[Sides]:
+    """fault-warm of 1 GiB."""
+    with warm(scale.size(pm.GiB)) as sides:
+        yield sides
+
+
+@benchmark("presence-warm", goal=0.9, unit="us", rounds=100, setups=5)
+@contextmanager
+def presence_warm(scale: Scale) -> Iterator[Sides]:
+    """fault-warm without PFNs, as an ordinary user has it; against the same pread of the pagemap."""
+    with warm(scale.size(64 * pm.MiB), disable=("pfn",)) as sides:
+        yield sides
+
+
+@benchmark("fault-warm-huge", goal=0.5, unit="us", rounds=100, setups=5)
+@contextmanager
+def fault_warm_huge(scale: Scale) -> Iterator[Sides]:
+    """fault-warm of transparent huge pages, with PFNs; against a pread of the same memory's pagemap."""
+    with warm(scale.size(64 * pm.MiB, multiple=HUGE_PAGE), THP, huge_pages) as sides:
+        yield sides
+
+
+@benchmark("fault-warm-hugetlb", goal=0.5, unit="us", rounds=100, setups=5)
+@contextmanager
+def fault_warm_hugetlb(scale: Scale) -> Iterator[Sides]:
+    """fault-warm of hugetlb pages, with PFNs; against a pread of the same memory's pagemap."""
+    with warm(scale.size(64 * pm.MiB, multiple=HUGE_PAGE), HUGETLB, hugetlb_pages) as sides:
+        yield sides
+
+
+@benchmark("fault-cold", goal=1.05, unit="ms", rounds=24, setups=3, primed=False)
 @contextmanager
 def fault_cold(scale: Scale) -> Iterator[Sides]:
     """rng.fault() for writing of 64 MiB never touched; against MADV_POPULATE_WRITE plus pread of pagemap."""

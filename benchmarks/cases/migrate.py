@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
@@ -11,7 +11,7 @@ import numpy as np
 
 import pymirror as pm
 from benchmarks.floors import floor, timed
-from benchmarks.memory import HUGE_PAGE, PAGE, Aligned, expect, huge_pages, small_buffer, small_pages
+from benchmarks.memory import HUGE_PAGE, PAGE, Aligned, Pages, expect, huge_pages, small_buffer, small_pages
 from benchmarks.registry import Scale, Side, Sides, benchmark
 
 THERE, HOME, BOTH_WAYS = 1, 2, 3
@@ -51,7 +51,7 @@ def on_device(
     *,
     delivery: str = "thread",
     around: int = PAGE,
-    pages: Callable[[pm.AddressSpace, int], Aligned] = small_pages,
+    pages: Pages = small_pages,
 ) -> Iterator[OnDevice]:
     with ExitStack() as stack:
         mm = stack.enter_context(pm.AddressSpace(fault_delivery=delivery))

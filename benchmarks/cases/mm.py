@@ -9,8 +9,8 @@ from time import perf_counter_ns
 import numpy as np
 
 import pymirror as pm
-from benchmarks.floors import floor
-from benchmarks.memory import PAGE, expect
+from benchmarks.floors import floor, timed
+from benchmarks.memory import PAGE, expect, small_pages
 from benchmarks.registry import Scale, Sides, benchmark
 
 
@@ -58,6 +58,29 @@ def munmap_notified(scale: Scale) -> Iterator[Sides]:
             called.clear()
             ns = sum(one() for _ in range(times))
             expect(len(called) == times, f"{len(called)} callbacks for {times} munmaps")
+            return ns / times
+
+        yield Sides(ours, bare)
+
+
+@benchmark("watched-madvise", goal=1.15, unit="us", rounds=21, setups=3)
+@contextmanager
+def watched_madvise(scale: Scale) -> Iterator[Sides]:
+    """MADV_DONTNEED and munmap, foreign, of 64 watched pages each; against a bare C reader of the events."""
+    times = scale.count(100)
+    with floor("event_reader", times, work=times, per=times) as bare, pm.AddressSpace() as mm:
+
+        def ours() -> float:
+            memory = small_pages(mm, times * 64 * PAGE)
+            memory.bytes[:] = 1
+            before = mm.stats()["events"]
+            with pm.Mirror(mm) as mirror, mirror.range(memory.start, memory.end):
+                ns = timed().timed_removes(memory.start, times)
+                mm.sync()
+            after = mm.stats()["events"]
+            seen = [after[event] - before[event] for event in ("CLEAR", "UNMAP")]
+            expect(seen == [times, times], f"{seen} events for {times} calls of each kind")
+            mm.munmap(memory.region.addr, memory.region.size)
             return ns / times
 
         yield Sides(ours, bare)

@@ -39,6 +39,24 @@ static inline char *map_small(size_t size)
     return at;
 }
 
+enum { SMALL, THP, HUGETLB };
+
+/* The same, in pages of this kind. */
+static inline char *map_pages(size_t size, unsigned long kind)
+{
+    const int hugetlb = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB;
+    char *at;
+
+    if (kind == HUGETLB) {
+        at = mmap(NULL, size, PROT_READ | PROT_WRITE, hugetlb, -1, 0);
+        must(at == MAP_FAILED ? -1 : 0, "mmap of hugetlb");
+        return at;
+    }
+    at = map_small(size);
+    must(madvise(at, size, kind == THP ? MADV_HUGEPAGE : MADV_NOHUGEPAGE), "madvise");
+    return at;
+}
+
 /* round() gives the nanoseconds of the work and stores how much of it was done. */
 static inline int serve(uint64_t (*round)(uint64_t *done))
 {

@@ -43,11 +43,9 @@ int main(int argc, char **argv)
     size = argc > 3 ? strtoul(argv[1], NULL, 0) : 0;
     huge = argc > 3 && strtoul(argv[2], NULL, 0);
     ways = argc > 3 ? strtoul(argv[3], NULL, 0) : 0;
-    memory = map_small(size);
-    arena = map_small(size);
+    memory = map_pages(size, huge ? THP : SMALL);
+    arena = map_pages(size, huge ? THP : SMALL);
     entries = calloc(size / PAGE, sizeof(*entries));
-    must(madvise(memory, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE), "madvise");
-    must(madvise(arena, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE), "madvise");
     memset(memory, 1, size);
     pagemap = (int)must(open("/proc/self/pagemap", O_RDONLY), "pagemap");
     fd = uffd_open(PM_ABI_UFFD_FEATURE_MOVE);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* pagemap_read.c - the floor of a warm fault: one pread of the pagemap over BYTES of present 4 KiB pages. */
+/* pagemap_read.c - the floor of a warm fault: one pread of the pagemap over BYTES of present memory, of 4 KiB
+ * pages (KIND 0, the default), huge pages (1) or hugetlb (2). */
 #include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
@@ -28,7 +29,7 @@ static uint64_t round_of(uint64_t *done)
 int main(int argc, char **argv)
 {
     size = argc > 1 ? strtoul(argv[1], NULL, 0) : 0;
-    memory = map_small(size);
+    memory = map_pages(size, argc > 2 ? strtoul(argv[2], NULL, 0) : SMALL);
     memset(memory, 1, size);
     entries = calloc(size / PAGE, sizeof(*entries));
     pagemap = (int)must(open("/proc/self/pagemap", O_RDONLY), "pagemap");
