@@ -48,7 +48,7 @@ check-native: ## C tests: plain, with ASan and UBSan, with TSan
 	@$(MAKE) -s -C native check
 
 bench: build ## the benchmarks; BENCH_ARGS= adds options
-	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	@$(BIN)/pymirror bench $(BENCH_ARGS)
 
 clean: ## remove everything that make made
 	@rm -rf $(VENV) build dist *.egg-info $(SHIM) .mypy_cache .ruff_cache .pytest_cache .hypothesis

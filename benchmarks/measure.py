@@ -100,5 +100,4 @@ class Result:
             "spread": list(self.spread),
             "goal": self.goal,
             "unit": self.benchmark.unit,
-            "alternatives": self.alternatives,
         }

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pymirror as pm
+from benchmarks.compare import Pair
 from benchmarks.measure import Result
 from benchmarks.registry import Benchmark
 
@@ -57,6 +58,20 @@ def print_table(results: list[Result]) -> None:
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     for result in results:
         _add(table, result)
+    Console().print(table)
+
+
+def print_pairs(pairs: list[Pair]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("benchmark", no_wrap=True)
+    for column in ("old", "new", "change", "goal", ""):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    colors = {"slower": "[red]", "faster": "[green]"}
+    for pair in pairs:
+        ratios = ["" if one is None else f"{one:.2f}" for one in (pair.old, pair.new, pair.change)]
+        goal = "" if pair.goal is None else f"{pair.goal:g}"
+        verdict = "" if pair.verdict == "same" else pair.verdict
+        table.add_row(pair.name, *ratios, goal, f"{colors.get(pair.verdict, '')}{verdict}")
     Console().print(table)
 
 

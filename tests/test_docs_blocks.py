@@ -31,8 +31,8 @@ STANDS_IN = {
     ".venv/bin/pymirror study --html build/study.html": (
         "pymirror study --html build/study.html --size 1M --chunk 16K --rounds 1"
     ),
-    ".venv/bin/python -m benchmarks '*dma*' --json": f"python -m benchmarks '*dma*' --json {_SMALL}",
-    ".venv/bin/python -m benchmarks 'fault-*' --json": f"python -m benchmarks 'fault-*' --json {_SMALL}",
+    ".venv/bin/pymirror bench '*dma*' --json": f"pymirror bench '*dma*' --json {_SMALL}",
+    ".venv/bin/pymirror bench 'fault-*' --json": f"pymirror bench 'fault-*' --json {_SMALL}",
 }
 #: What has to be set up first: the test that does, and compares.
 ELSEWHERE = {

@@ -49,6 +49,7 @@ COMMANDS = {
     "demo": ("pymirror.cli.demo", "DemoCommand"),
     "replay": ("pymirror.cli.replay", "ReplayCommand"),
     "study": ("pymirror.cli.study", "StudyCommand"),
+    "bench": ("pymirror.cli.bench", "BenchCommand"),
     "completion": ("pymirror.cli.completion", "CompletionCommand"),
 }
 
