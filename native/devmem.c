@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "devmem.h"
@@ -87,43 +88,162 @@ uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n)
     return block == vram->nblocks ? 0 : vram->base + block * PM_HUGE_SIZE + (place << PM_PAGE_SHIFT);
 }
 
+uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n)
+{
+    if (vram->aim_slot)
+        return vram->aim_slot + (addr - vram->aim_addr);
+    *n = pm_min(*n, vram->limit - vram->used);
+    return *n ? pm_devmem_slots(vram, addr, *n) : 0;
+}
+
 int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable)
 {
     struct pm_devices *devices = vram->mm->devices;
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
-    uint64_t *entry = pm_resident_at(devices, addr, true);
+    uint64_t *entry = pm_resident_at(devices, addr, true), fresh = 0;
 
     if (!block->back)
         block->back = pm_node_new(devices);
     if (!entry || !block->back)
         return -ENOMEM;
     for (uint64_t i = 0; i < n; i++) {
+        uint64_t *back = &block->back[place_of(slot) + i];
+
+        fresh += *back != PM_RESERVED;
+        *back = addr + (i << PM_PAGE_SHIFT);
         entry[i] = (slot + (i << PM_PAGE_SHIFT)) | PM_RESIDENT | (writable[i] ? PM_RESIDENT_WRITE : 0);
-        block->back[place_of(slot) + i] = addr + (i << PM_PAGE_SHIFT);
     }
-    block->used += n;
+    block->used += fresh;
+    if (n && vram->timeslice_ns)
+        block->until_ns = pm_now_ns() + vram->timeslice_ns;
     block->used_at = ++vram->clock;
-    vram->used += n;
+    vram->used += fresh;
     devices->stats.resident += n;
     return 0;
 }
 
-static void forget_page(struct pm_devices *devices, uint64_t addr)
+static void free_slot(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot)
 {
-    uint64_t *entry = pm_resident_at(devices, addr, false), slot = pm_page_down(*entry);
-    struct pm_devmem *vram = pm_devmem_of(devices, slot);
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
 
-    *entry = 0;
     block->back[place_of(slot)] = 0;
     vram->used--;
-    devices->stats.resident--;
     if (--block->used)
         return;
     pm_node_free(devices, block->back);
     block->back = NULL;
     /* The page tables go: where one is, a huge page would have to be split to be moved in. */
     pm_sys_madvise(slot & ~(PM_HUGE_SIZE - 1), PM_HUGE_SIZE, MADV_DONTNEED);
+}
+
+static void forget_page(struct pm_devices *devices, uint64_t addr)
+{
+    uint64_t *entry = pm_resident_at(devices, addr, false), slot = pm_page_down(*entry);
+
+    *entry = 0;
+    devices->stats.resident--;
+    free_slot(devices, pm_devmem_of(devices, slot), slot);
+}
+
+/* Slots for a run of pages: how many there was room for. */
+static uint64_t reserve(struct pm_devmem *vram, uint64_t addr, uint64_t n, uint64_t *pfns)
+{
+    struct pm_devices *devices = vram->mm->devices;
+    uint64_t slot = pm_devmem_room(vram, addr, &n);
+
+    if (!slot || pm_devmem_note(vram, addr, slot, 0, NULL))
+        return 0;
+    for (uint64_t i = 0; i < n; i++) {
+        struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+
+        block->back[place_of(slot) + i] = PM_RESERVED;
+        block->used++;
+        vram->used++;
+        pfns[i] = pm_slot_pfn(devices, slot + (i << PM_PAGE_SHIFT));
+    }
+    return n;
+}
+
+/* How many pages in a row are wanted, in one 2 MiB range. */
+static uint64_t wanted_run(uint64_t addr, uint64_t n, const uint8_t *wanted)
+{
+    uint64_t run = 0;
+
+    n = pm_min(n, PM_HUGE_PAGES - place_of(addr));
+    while (run < n && wanted[run])
+        run++;
+    return run;
+}
+
+int pm_devmem_alloc(pm_devmem *vram, uint64_t start, uint64_t n, const uint8_t *wanted, uint64_t *pfns)
+{
+    struct pm_mm *mm = vram->mm;
+    int err = pm_is_interval(start, start + (n << PM_PAGE_SHIFT)) ? pm_mm_enter(mm) : -EINVAL;
+
+    if (err)
+        return err;
+    memset(pfns, 0, n * sizeof(*pfns));
+    pm_lock(mm);
+    for (uint64_t i = 0, run; i < n; i += run ? run : 1) {
+        uint64_t addr = start + (i << PM_PAGE_SHIFT);
+
+        run = wanted_run(addr, n - i, wanted + i);
+        if (run)
+            reserve(vram, addr, run, pfns + i);
+    }
+    pm_unlock(mm);
+    pm_mm_exit(mm);
+    return 0;
+}
+
+int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns)
+{
+    struct pm_mm *mm = vram->mm;
+    int err = pm_mm_check(mm);
+
+    if (err)
+        return err;
+    pm_lock(mm);
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t slot = pm_pfn_slot(pfns[i]), block = block_of(vram, slot);
+
+        if (slot < vram->base || block >= vram->nblocks || !vram->blocks[block].back)
+            continue;
+        if (vram->blocks[block].back[place_of(slot)] == PM_RESERVED)
+            free_slot(mm->devices, vram, slot);
+    }
+    pm_unlock(mm);
+    return 0;
+}
+
+int pm_devmem_range(pm_devmem *vram, uint64_t *pfn, uint64_t *n)
+{
+    *pfn = pm_slot_pfn(vram->mm->devices, vram->base);
+    *n = vram->nblocks << PM_HUGE_ORDER;
+    return 0;
+}
+
+int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret)
+{
+    struct pm_mm *mm = vram->mm;
+    uint64_t slot = pm_pfn_slot(pfn);
+    int err = pm_mm_check(mm);
+
+    if (err)
+        return err;
+    if (slot < vram->base || block_of(vram, slot) >= vram->nblocks ||
+        n > (vram->nblocks << PM_HUGE_ORDER) - ((slot - vram->base) >> PM_PAGE_SHIFT))
+        return -EINVAL;
+    pm_lock(mm);
+    for (uint64_t i = 0; i < n; i++, slot += PM_PAGE_SIZE) {
+        const struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+
+        ret[i] = block->back ? block->back[place_of(slot)] : 0;
+        if (ret[i] == PM_RESERVED)
+            ret[i] = 0;
+    }
+    pm_unlock(mm);
+    return 0;
 }
 
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
@@ -324,6 +444,7 @@ int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end)
 {
     struct pm_mm *mm = vram->mm;
     struct pm_block *oldest = NULL;
+    bool found = false;
     int err = pm_mm_check(mm);
 
     if (err)
@@ -341,15 +462,15 @@ int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end)
         if (block->used && (!oldest || block->used_at < oldest->used_at))
             oldest = block;
     }
-    for (uint64_t i = 0; oldest && i < PM_HUGE_PAGES; i++) {
-        if (!oldest->back[i])
+    for (uint64_t i = 0; oldest && i < PM_HUGE_PAGES && !found; i++) {
+        if (oldest->back[i] <= PM_RESERVED)
             continue;
         *start = oldest->back[i];
         *end = (*start & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE;
-        break;
+        found = true;
     }
     pm_unlock(mm);
-    return oldest ? 0 : -ENOENT;
+    return found ? 0 : -ENOENT;
 }
 
 uint64_t pm_devmem_used(pm_devmem *vram)
@@ -391,6 +512,23 @@ int pm_devmem_destroy(pm_devmem *vram)
     free(vram);
     pm_mm_put(mm);
     return 0;
+}
+
+int pm_devmem_timeslice(pm_devmem *vram, uint64_t ns)
+{
+    if (!pm_mm_owned(vram->mm))
+        return -ESRCH;
+    pm_lock(vram->mm);
+    vram->timeslice_ns = ns;
+    pm_unlock(vram->mm);
+    return 0;
+}
+
+uint64_t pm_devmem_until(struct pm_devices *devices, uint64_t slot)
+{
+    const struct pm_devmem *vram = pm_devmem_of(devices, slot);
+
+    return vram->timeslice_ns ? vram->blocks[block_of(vram, slot)].until_ns : 0;
 }
 
 int pm_devmem_holds(pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret)

@@ -22,10 +22,14 @@ static inline uint64_t pm_pfn_slot(uint64_t pfn)
     return (pfn & (PM_PFN_EXCLUSIVE - 1)) << PM_PAGE_SHIFT;
 }
 
+enum { PM_RESERVED = 1 };
+
 struct pm_block {
-    uint64_t *back; /* the address of each slot's page, 0: free; NULL while the block is unused */
+    uint64_t
+        *back; /* the address of each slot's page, 0: free, PM_RESERVED; NULL while the block is unused */
     uint64_t used;
-    uint64_t used_at; /* of the device memory's clock, for LRU */
+    uint64_t used_at;  /* of the device memory's clock, for LRU */
+    uint64_t until_ns; /* a CPU fault does not bring its pages home before: see timeslice_ns */
 };
 
 /*
@@ -43,6 +47,9 @@ struct pm_devmem {
     uint64_t base, nblocks;
     uint64_t limit, used; /* pages */
     uint64_t clock, hint;
+    uint64_t timeslice_ns; /* the least time that pages stay */
+    uint64_t aim_addr,
+        aim_slot; /* where pages go that move now, under watch_lock; 0: wherever there is room */
     struct pm_block *blocks;
 };
 
@@ -97,9 +104,12 @@ void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end);
 struct pm_devmem *pm_devmem_of(struct pm_devices *devices, uint64_t slot);
 /* A slot for each of n pages of one 2 MiB range, in a row: the address of the first, or 0. */
 uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n);
+/* The same, or as a migration aims; 0 where there is no room. *n becomes what there is room for. */
+uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n);
 bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
 /* Pages that are in their slots, and for each whether it was writable. -ENOMEM: none is noted. */
 int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable);
+uint64_t pm_devmem_until(struct pm_devices *devices, uint64_t slot); /* CLOCK_MONOTONIC; 0: no such time */
 uint64_t pm_slot_pfn(struct pm_devices *devices, uint64_t slot);
 /* Pages that are in their slots no more. */
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n);
@@ -155,6 +165,10 @@ int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end);
 void pm_home_touch(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* A CPU fault in a range where holes fault: 0, or what the kernel refuses it with. */
 int pm_home_fault(struct pm_mm *mm, uint64_t addr);
+/* The monitor's: faults on pages whose least time on the device is not over wait; in how many ms the first is
+ * to be served, or -1. */
+void pm_home_deferred(struct pm_mm *mm);
+int pm_home_deferred_ms(struct pm_mm *mm);
 /* Pages that have come home as read-only ones. */
 void pm_home_readonly(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* The monitor's: what is on a device is to be in the child, too. */

@@ -295,12 +295,29 @@ static bool resident(struct pm_mm *mm, uint64_t addr)
     return mm->devices && pm_resident(mm->devices, addr);
 }
 
+/* Has the page to stay for now? Its toucher waits, unless there are too many of them. */
+static bool defer(struct pm_mm *mm, uint64_t addr)
+{
+    uint64_t until = pm_devmem_until(mm->devices, pm_resident(mm->devices, addr));
+
+    if (!until || until <= pm_now_ns())
+        return false;
+    if (mm->inline_faults)
+        return true;
+    if (mm->ndeferred == PM_DEFERRED_MAX)
+        return false;
+    mm->deferred[mm->ndeferred++] = addr;
+    return true;
+}
+
 int pm_home_fault(struct pm_mm *mm, uint64_t addr)
 {
     uint64_t start = addr, end = addr + PM_PAGE_SIZE;
     bool there = resident(mm, addr), fill = !there;
     int64_t err = 0;
 
+    if (there && defer(mm, addr))
+        return -EAGAIN;
     if (there) {
         span_around(mm, addr, &start, &end);
         mm->devices->met_holes = false;
@@ -314,6 +331,43 @@ int pm_home_fault(struct pm_mm *mm, uint64_t addr)
     if (!mm->inline_faults && (there || err < 0))
         pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){start, end - start});
     return err < 0 ? (int)err : 0;
+}
+
+static uint64_t due_at(struct pm_mm *mm, uint64_t addr)
+{
+    return mm->devices && pm_resident(mm->devices, addr)
+               ? pm_devmem_until(mm->devices, pm_resident(mm->devices, addr))
+               : 0;
+}
+
+int pm_home_deferred_ms(struct pm_mm *mm)
+{
+    uint64_t first = UINT64_MAX, now = pm_now_ns();
+
+    if (!mm->ndeferred)
+        return -1;
+    pm_lock(mm);
+    for (unsigned i = 0; i < mm->ndeferred; i++)
+        first = pm_min(first, due_at(mm, mm->deferred[i]));
+    pm_unlock(mm);
+    return first > now ? (int)pm_min(1000, (first - now) / 1000000 + 1) : 0;
+}
+
+void pm_home_deferred(struct pm_mm *mm)
+{
+    uint64_t addrs[PM_DEFERRED_MAX];
+    unsigned n = mm->ndeferred;
+
+    if (!n)
+        return;
+    memcpy(addrs, mm->deferred, n * sizeof(addrs[0]));
+    pm_lock(mm);
+    pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
+    mm->ndeferred = 0;
+    for (unsigned i = 0; i < n; i++)
+        pm_home_fault(mm, addrs[i]);
+    pm_status_update(mm);
+    pm_unlock(mm);
 }
 
 /* n pages, as they are in their slots. False if the child does not get all of them. */

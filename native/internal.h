@@ -177,6 +177,7 @@ struct pm_inflight {
     bool voided; /* an invalidation passed: a read is discarded */
 };
 
+enum { PM_DEFERRED_MAX = 64 };
 enum { PM_FORK_PIECES = 16, PM_LINGER_MAX = 64, PM_QUEUE_DEFAULT = 1024 };
 
 struct pm_watch_range {
@@ -245,6 +246,8 @@ struct pm_mm {
     /* What lift.c has under way, under the device lock; `lift_back`: it goes back where it was. */
     uint64_t lift_start, lift_end;
     bool lift_back;
+    uint64_t deferred[PM_DEFERRED_MAX]; /* the monitor's own: pages whose touchers wait */
+    unsigned ndeferred;
 
     pthread_mutex_t watch_lock;     /* orders watch and unwatch; never taken by the monitor */
     struct pm_watch_range *watched; /* sorted, disjoint; under the device lock */

@@ -128,14 +128,13 @@ static bool any_present(const struct pm_lift *lift)
 int pm_lift(struct pm_devmem *vram, const struct pm_lift *lift)
 {
     struct pm_mm *mm = vram->mm;
-    uint64_t end = lift->addr + (lift->n << PM_PAGE_SHIFT), slot = 0;
+    uint64_t end = lift->addr + (lift->n << PM_PAGE_SHIFT), room = lift->n, slot;
     int err = pm_lock_quiet(mm, lift->addr, end);
 
     if (err)
         return err;
-    if (lift->n <= vram->limit - vram->used)
-        slot = pm_devmem_slots(vram, lift->addr, lift->n);
-    err = slot ? pm_devmem_note(vram, lift->addr, slot, lift->n, lift->writable) : -ENOSPC;
+    slot = pm_devmem_room(vram, lift->addr, &room);
+    err = slot && room == lift->n ? pm_devmem_note(vram, lift->addr, slot, lift->n, lift->writable) : -ENOSPC;
     if (!err)
         set_lift(mm, lift->addr, end, false);
     pm_unlock(mm);

@@ -98,8 +98,8 @@ static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const 
     }
     if (pm_resident_next(devices, &next, end))
         end = next;
-    n = pm_min((end - *addr) >> PM_PAGE_SHIFT, vram->limit - vram->used);
-    slot = n ? pm_devmem_slots(vram, *addr, n) : 0;
+    n = (end - *addr) >> PM_PAGE_SHIFT;
+    slot = pm_devmem_room(vram, *addr, &n);
     if (!slot)
         return -ENOSPC;
     /* So that noting cannot fail once they have moved. */
@@ -347,6 +347,44 @@ int pm_move_out(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *
 bool pm_is_interval(uint64_t start, uint64_t end)
 {
     return start % PM_PAGE_SIZE == 0 && end % PM_PAGE_SIZE == 0 && start < end && end <= PM_USER_END;
+}
+
+/* Pages from addr on, to slots in a row. */
+static void move_to(struct pm_devmem *vram, uint64_t addr, uint64_t n, uint64_t slot)
+{
+    uint64_t moved = 0;
+
+    vram->aim_addr = addr;
+    vram->aim_slot = slot;
+    pm_move_out(vram, addr, addr + (n << PM_PAGE_SHIFT), &moved);
+    vram->aim_slot = 0;
+}
+
+int pm_migrate_pages(pm_devmem *vram, uint64_t start, uint64_t n, const uint64_t *pfns, uint8_t *moved)
+{
+    struct pm_mm *mm = vram->mm;
+    int err = pm_is_interval(start, start + (n << PM_PAGE_SHIFT)) ? pm_mm_enter(mm) : -EINVAL;
+    uint64_t last;
+
+    if (err)
+        return err;
+    err = pm_inline_join(mm);
+    if (!err) {
+        pthread_mutex_lock(&mm->watch_lock);
+        for (uint64_t i = 0; i < n; i = last) {
+            for (last = i + 1; last < n && pfns[i] && pfns[last] == pfns[i] + (last - i);)
+                last++;
+            if (pfns[i])
+                move_to(vram, start + (i << PM_PAGE_SHIFT), last - i, pm_pfn_slot(pfns[i]));
+        }
+        pthread_mutex_unlock(&mm->watch_lock);
+    }
+    pm_lock(mm);
+    for (uint64_t i = 0; i < n; i++)
+        moved[i] = pfns[i] && pm_resident(mm->devices, start + (i << PM_PAGE_SHIFT)) == pm_pfn_slot(pfns[i]);
+    pm_unlock(mm);
+    pm_mm_exit(mm);
+    return err;
 }
 
 int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved)

@@ -306,6 +306,13 @@ static void announce_start(struct pm_mm *mm)
     pm_unlock(mm);
 }
 
+static int poll_ms(struct pm_mm *mm)
+{
+    int deferred = pm_home_deferred_ms(mm), lingering = mm->nlinger ? LINGER_STEP_MS : 1000;
+
+    return deferred >= 0 && deferred < lingering ? deferred : lingering;
+}
+
 static void *monitor_main(void *arg)
 {
     struct pm_mm *mm = arg;
@@ -320,12 +327,14 @@ static void *monitor_main(void *arg)
         if (mm->status)
             mm->status->monitor_loop_ns = pm_now_ns();
         set_state(mm, 1);
-        n = pm_sys_poll(fds, 2, mm->nlinger ? LINGER_STEP_MS : 1000);
+        n = pm_sys_poll(fds, 2, poll_ms(mm));
         if (n < 0)
             nanosleep(&(struct timespec){.tv_nsec = 1000 * 1000}, NULL);
         if (n > 0 && (fds[0].revents & POLLIN))
             take_events(mm);
         end_lingering(mm);
+        if (pm_home_deferred_ms(mm) == 0)
+            pm_home_deferred(mm);
         if (mm->spare_fd < 0)
             mm->spare_fd = pm_sys_eventfd();
     }

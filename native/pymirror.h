@@ -460,6 +460,8 @@ int pm_devmem_destroy(pm_devmem *vram);
  * mm.
  */
 int pm_devmem_coherent(pm_devmem *vram);
+/* The least time that pages stay once they have migrated: a CPU fault waits for it, a call does not. */
+int pm_devmem_timeslice(pm_devmem *vram, uint64_t ns);
 /* For each of n pages: is it in this memory, of either kind? -EINVAL, -ESRCH. */
 int pm_devmem_holds(pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret);
 /* For each of n pages: is it in coherent memory, of `vram`, or with NULL of any? -EINVAL, -ESRCH. */
@@ -487,6 +489,17 @@ int pm_exclusive_fault(pm_devmem *arena, uint64_t start, uint64_t *end);
 int pm_exclusive(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns);
 /* The same of pages as they are now: 0 where the CPU has the page again. */
 int pm_exclusive_pfns(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns);
+/*
+ * Slots for those of n pages from start on that are wanted, to be given to pm_migrate_pages(): their PFNs, 0
+ * where there is no room. Those that no page is in are given back by pm_devmem_free(). -EINVAL, -ESRCH.
+ */
+int pm_devmem_alloc(pm_devmem *vram, uint64_t start, uint64_t n, const uint8_t *wanted, uint64_t *pfns);
+int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns);
+/* Move n pages from start on to the slots of these PFNs, 0: leave it. moved: which did. */
+int pm_migrate_pages(pm_devmem *vram, uint64_t start, uint64_t n, const uint64_t *pfns, uint8_t *moved);
+/* All the PFNs of the memory; and the addresses of the pages that are in some of them, 0 for none. */
+int pm_devmem_range(pm_devmem *vram, uint64_t *pfn, uint64_t *n);
+int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret);
 int pm_devmem_stats(pm_mm *mm, struct pm_devmem_stats *ret);
 /*
  * Move the pages of [start, end) into device memory, within an invalidation (PM_MIGRATE) that the caller has

@@ -66,6 +66,25 @@ from .hmm_dma_map import (
 )
 from .lock import DriverLock
 from .migrate import migrate_to_device, migrate_to_system
+from .migrate_vma import (
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_SHIFT,
+    MIGRATE_PFN_VALID,
+    MIGRATE_PFN_WRITE,
+    MIGRATE_VMA_SELECT_DEVICE_COHERENT,
+    MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+    MIGRATE_VMA_SELECT_SYSTEM,
+    MigrateDevice,
+    MigrateVma,
+    migrate_device_finalize,
+    migrate_device_pages,
+    migrate_device_range,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+    migrate_vma_finalize,
+    migrate_vma_pages,
+    migrate_vma_setup,
+)
 from .mm import AddressSpace
 from .notifier import CallbackError, IntervalNotifier, MmuNotifier
 from .page_table import PageTable
@@ -107,6 +126,13 @@ __all__ = [
     "HMM_PFN_VALID",
     "HMM_PFN_WRITE",
     "HMM_RANGE_DEFAULT_TIMEOUT",
+    "MIGRATE_PFN_MIGRATE",
+    "MIGRATE_PFN_SHIFT",
+    "MIGRATE_PFN_VALID",
+    "MIGRATE_PFN_WRITE",
+    "MIGRATE_VMA_SELECT_DEVICE_COHERENT",
+    "MIGRATE_VMA_SELECT_DEVICE_PRIVATE",
+    "MIGRATE_VMA_SELECT_SYSTEM",
     "MREMAP_DONTUNMAP",
     "MREMAP_FIXED",
     "MREMAP_MAYMOVE",
@@ -137,6 +163,8 @@ __all__ = [
     "IommuFaultReason",
     "KiB",
     "MiB",
+    "MigrateDevice",
+    "MigrateVma",
     "Mirror",
     "MirrorError",
     "MmuNotifier",
@@ -174,8 +202,16 @@ __all__ = [
     "is_device_private_pfn",
     "make_device_exclusive",
     "make_device_exclusive_range",
+    "migrate_device_finalize",
+    "migrate_device_pages",
+    "migrate_device_range",
+    "migrate_pfn",
+    "migrate_pfn_to_pfn",
     "migrate_to_device",
     "migrate_to_system",
+    "migrate_vma_finalize",
+    "migrate_vma_pages",
+    "migrate_vma_setup",
     "pin_user_pages",
     "unpin_user_pages",
 ]

@@ -49,6 +49,9 @@ class DeviceMemory:
     home the page, and what else is in device memory of the aligned ``fault_around`` bytes: 4 KiB, 64 KiB or
     2 MiB; a whole huge page always comes home whole.
 
+    ``timeslice`` is for how many seconds pages stay at least once they have migrated (drm_gpusvm's
+    timeslice_ms), at most 1: a CPU fault waits that long, a call and an eviction do not.
+
     Close it, or use it as a context manager. EINVAL.
     """
 
@@ -62,6 +65,7 @@ class DeviceMemory:
         owner: Any = None,
         fault_around: int = FAULT_AROUND[0],
         kind: str = "private",
+        timeslice: float = 0.0,
     ) -> None:
         size = operator.index(size)
         if not 0 < size < 1 << 46:
@@ -70,7 +74,10 @@ class DeviceMemory:
             raise _einval(f"fault_around={fault_around!r}", f"give one of {FAULT_AROUND}")
         if kind not in ("private", "coherent"):
             raise _einval(f"kind={kind!r}", 'give "private" or "coherent"')
+        if not 0 <= timeslice <= 1:
+            raise _einval(f"timeslice={timeslice!r}", "give seconds, at most 1: Python waits with its lock")
         self.kind = kind
+        self.timeslice = timeslice
         self.device = dev
         self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
         self.owner = dev if owner is None else owner
@@ -110,6 +117,16 @@ class DeviceMemory:
             if (mm := self._mm) is not None:
                 check_pages(mm, what, start, end)
                 check(lib.pm_devmem_populate(self._native, start, end), what, addr=start, mm=mm)
+
+    @property
+    def pfns(self) -> range:
+        """The PFNs of its pages, of a private memory that serves an address space: else an empty range."""
+        with self._pointer:
+            if not self._native or os.getpid() != self._pid or self.kind != "private":
+                return range(0)
+            first = ffi.new("uint64_t[2]")
+            check(lib.pm_devmem_range(self._native, first, first + 1), "DeviceMemory.pfns")
+            return range(first[0], first[0] + first[1])
 
     def holds(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """Which pages of [start, end), user addresses, are in this memory now: bool, one a 4 KiB page.
@@ -192,6 +209,7 @@ class DeviceMemory:
             lib.pm_devmem_destroy(made[0])
             check(ret, what, hint="fewer coherent memories of one address space")
         self._native, self._mm = made[0], mm
+        check(lib.pm_devmem_timeslice(self._native, int(self.timeslice * 1e9)), what)
         check(lib.pm_devmem_fault_around(self._native, self.fault_around), what)
         mm._device_memory.add(self)
 

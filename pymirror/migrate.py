@@ -62,11 +62,11 @@ def migrate_to_system(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
     what = "migrate_to_system"
     check_migration(mm, what, start, end)
     if vram is None:
-        return _bring_home(mm, what, start, end, ffi.NULL, None)
+        return bring_home(mm, what, start, end, ffi.NULL, None)
     with vram._lock:
         vram._check(what)
         if vram.mm is mm:
-            return _bring_home(mm, what, start, end, vram._native, vram)
+            return bring_home(mm, what, start, end, vram._native, vram)
         with mm._migrating(what, start, end, vram.owner):
             return 0
 
@@ -79,7 +79,7 @@ def watch_movable(mm: AddressSpace, start: int, end: int) -> None:
             mm.watch(max(start, vma.start), min(end, vma.end), files=True)
 
 
-def _bring_home(
+def bring_home(
     mm: AddressSpace, what: str, start: int, end: int, native: object, vram: DeviceMemory | None
 ) -> int:
     moved = ffi.new("uint64_t *")
@@ -100,7 +100,7 @@ def _evict(mm: AddressSpace, vram: DeviceMemory, start: int, end: int, moved: in
             vma=mm._vma_for_error(start),
             hint="make the device memory larger, or migrate less at a time",
         )
-    _bring_home(mm, "migrate_to_device", *victim, vram._native, vram)
+    bring_home(mm, "migrate_to_device", *victim, vram._native, vram)
 
 
 def check_handler(mm: AddressSpace, what: str) -> None:

@@ -79,6 +79,10 @@ class World:
         self.exclusive = pm.make_device_exclusive(mm, self.lone.addr, self.device)
         self.lone_sub = interval(mm, self.lone.addr, 1)
         assert self.table.map(self.lone_sub, self.lone_sub.read_begin(), self.lone.addr, self.exclusive.pfns)
+        spare = mm.mmap(PAGE)
+        with pm.migrate_vma_setup(mm, spare.addr, spare.addr + PAGE, self.vram) as self.migrated:
+            pass
+        self.evicted = pm.migrate_device_range(self.vram, self.vram.pfns.start, 1)
         self.held = mm.mmap(2 * PAGE)
         self.pin, self.other_pin = (pm.pin_user_pages(mm, self.held.addr, 2) for _ in range(2))
 
@@ -272,6 +276,29 @@ CALLS = [
         lambda w: pm.make_device_exclusive_range(w.mm, w.start, w.end, w.device),
     ),
     Call("exclusive_pfns", lambda w: pm.exclusive_pfns(w.mm, w.start, w.end), OK, OK, SRCH, SRCH),
+    _looks("migrate_pfn", lambda w: pm.migrate_pfn(w.rng.pfns)),
+    _looks("migrate_pfn_to_pfn", lambda w: pm.migrate_pfn_to_pfn(w.rng.pfns)),
+    _changes("migrate_vma_setup", lambda w: _enter(pm.migrate_vma_setup(w.mm, w.start, w.end, w.vram))),
+    *(
+        Call(name, run, DEADLK, INVAL, INVAL, INVAL)
+        for name, run in {
+            "migrate_vma_pages": lambda w: pm.migrate_vma_pages(w.migrated),
+            "MigrateVma.alloc_pages": lambda w: w.migrated.alloc_pages(w.migrated.src != 0),
+        }.items()
+    ),
+    _looks("migrate_vma_finalize", lambda w: pm.migrate_vma_finalize(w.migrated)),
+    _looks("MigrateVma.pgmap_owner", lambda w: w.migrated.pgmap_owner),
+    Call(
+        "migrate_device_range",
+        lambda w: pm.migrate_device_range(w.vram, w.vram.pfns.start, 1),
+        DEADLK,
+        OK,
+        INVAL,
+        SRCH,
+    ),
+    Call("migrate_device_pages", lambda w: pm.migrate_device_pages(w.evicted), DEADLK, DEADLK, OK, SRCH),
+    _looks("migrate_device_finalize", lambda w: pm.migrate_device_finalize(w.evicted)),
+    _looks("DeviceMemory.pfns", lambda w: w.vram.pfns),
     Call("coherent_pages", lambda w: pm.coherent_pages(w.mm, w.start, w.end), OK, OK, SRCH, SRCH),
     Call("DeviceMemory.holds", lambda w: w.vram.holds(w.start, w.end), OK, OK, OK, SRCH),
     Call("DeviceExclusive.release", lambda w: w.exclusive.release(), DEADLK, DEADLK),

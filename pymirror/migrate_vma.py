@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: MIT
+"""Migration in the kernel's three steps: migrate_vma_setup(), _pages() and _finalize(); and without an mm.
+
+    with migrate_vma_setup(mm, start, end, vram) as args:
+        wanted = (args.src & MIGRATE_PFN_MIGRATE) != 0
+        args.dst[:] = args.alloc_pages(wanted)
+        migrate_vma_pages(args)                            # a cleared MIGRATE in args.src: the race was lost
+        ...                                                # the device's page table
+        migrate_vma_finalize(args)
+
+The driver decides page by page. The copy that a driver makes between the first two steps is the move itself,
+which the second step does: until then the CPU uses the page, and nothing that it writes is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ._shim import ffi, lib
+from .affected import PAGE_SIZE
+from .device_memory import DeviceMemory, coherent_pages
+from .errors import MirrorError, check, error
+from .lock import not_in_callback, not_under_driver_lock
+from .migrate import bring_home, check_handler, check_migration, watch_movable
+from .ops import PROT_READ
+from .pfn import HMM_PFN_VALID, HMM_PFN_WRITE, PfnArray, hmm_pfn_to_pfn, is_device_private_pfn
+from .vma import find_vma
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+    from .vma import Vma
+
+#: There is a page. In ``src`` and ``dst``.
+MIGRATE_PFN_VALID = 1 << 0
+#: It can migrate; after migrate_vma_pages(): it has.
+MIGRATE_PFN_MIGRATE = 1 << 1
+#: The CPU may write it.
+MIGRATE_PFN_WRITE = 1 << 3
+#: Where the PFN begins.
+MIGRATE_PFN_SHIFT = 6
+
+#: What migrate_vma_setup() collects.
+MIGRATE_VMA_SELECT_SYSTEM = 1 << 0
+MIGRATE_VMA_SELECT_DEVICE_PRIVATE = 1 << 1
+MIGRATE_VMA_SELECT_DEVICE_COHERENT = 1 << 2
+
+_FILE, _PRESENT, _SWAPPED = 1 << 61, 1 << 63, 1 << 62
+_U64 = np.uint64
+Bools = npt.NDArray[np.bool_]
+
+
+@overload
+def migrate_pfn(pfn: int) -> int: ...
+@overload
+def migrate_pfn(pfn: PfnArray) -> PfnArray: ...
+def migrate_pfn(pfn: int | PfnArray) -> int | PfnArray:
+    """The entry of ``dst`` for a PFN, or for each of an array."""
+    if isinstance(pfn, np.ndarray):
+        return (pfn << _U64(MIGRATE_PFN_SHIFT)) | _U64(MIGRATE_PFN_VALID)
+    return int(pfn) << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
+
+
+@overload
+def migrate_pfn_to_pfn(entry: int) -> int: ...
+@overload
+def migrate_pfn_to_pfn(entry: PfnArray) -> PfnArray: ...
+def migrate_pfn_to_pfn(entry: int | PfnArray) -> int | PfnArray:
+    """The PFN of an entry, or of each of an array; 0 without MIGRATE_PFN_VALID."""
+    if isinstance(entry, np.ndarray):
+        valid = (entry & _U64(MIGRATE_PFN_VALID)) != 0
+        return np.where(valid, entry >> _U64(MIGRATE_PFN_SHIFT), _U64(0))
+    return int(entry) >> MIGRATE_PFN_SHIFT if int(entry) & MIGRATE_PFN_VALID else 0
+
+
+class MigrateVma:
+    """``struct migrate_vma``: a migration that has begun. Made by migrate_vma_setup(); a context manager.
+
+    ``src`` and ``dst`` are uint64, one a 4 KiB page of [start, end), with the bits MIGRATE_PFN_*; the driver
+    fills ``dst``. ``cpages`` is how many can migrate, ``npages`` how many pages there are.
+    """
+
+    def __init__(self, mm: AddressSpace, start: int, end: int, vram: DeviceMemory, flags: int) -> None:
+        self.mm = mm
+        self.vram = vram
+        self.start = start
+        self.end = end
+        self.flags = flags
+        self.npages = (end - start) // PAGE_SIZE
+        self.src: PfnArray = np.zeros(self.npages, _U64)
+        self.dst: PfnArray = np.zeros(self.npages, _U64)
+        self.cpages = 0
+        self.finalized = False
+        self._reserved: list[PfnArray] = []
+        self._stack = ExitStack()
+
+    @property
+    def pgmap_owner(self) -> object:
+        """The owner of the device memory, which the MIGRATE event carries."""
+        return self.vram.owner
+
+    def alloc_pages(self, wanted: Bools) -> PfnArray:
+        """Entries of ``dst``: pages of the device memory where wanted (bool, one a page), 0 where it is full.
+
+        The memory that they take is given back by migrate_vma_finalize() if nothing migrates there. EINVAL
+        for memory that is coherent: its pages are found by the migration, MIGRATE_PFN_VALID asks for one.
+        EDEADLK in a callback.
+        """
+        not_in_callback("MigrateVma.alloc_pages")
+        _check_open(self, "MigrateVma.alloc_pages")
+        if self.vram.kind != "private":
+            raise MirrorError(
+                errno.EINVAL,
+                "MigrateVma.alloc_pages: pages of coherent memory are not chosen",
+                hint="dst[i] = MIGRATE_PFN_VALID",
+            )
+        pfns = np.zeros(self.npages, _U64)
+        ask = np.ascontiguousarray(wanted, np.uint8)
+        if ask.size != self.npages:
+            raise MirrorError(
+                errno.EINVAL,
+                f"MigrateVma.alloc_pages: {ask.size} elements for {self.npages} pages",
+                hint="give a bool for each page of [start, end)",
+            )
+        ret = lib.pm_devmem_alloc(
+            self.vram._native,
+            self.start,
+            self.npages,
+            ffi.from_buffer("uint8_t[]", ask),
+            ffi.from_buffer("uint64_t[]", pfns),
+        )
+        check(ret, "MigrateVma.alloc_pages", addr=self.start, mm=self.mm)
+        self._reserved.append(pfns)
+        return np.where(pfns != 0, migrate_pfn(pfns), _U64(0))
+
+    def __enter__(self) -> MigrateVma:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        migrate_vma_finalize(self)
+
+    def __repr__(self) -> str:
+        state = "finalized" if self.finalized else f"{self.cpages} of {self.npages} pages"
+        return f"<MigrateVma {self.start:#x}-{self.end:#x}, {state}>"
+
+
+def migrate_vma_setup(
+    mm: AddressSpace,
+    start: int,
+    end: int,
+    vram: DeviceMemory,
+    *,
+    flags: int = MIGRATE_VMA_SELECT_SYSTEM,
+) -> MigrateVma:
+    """Collect what of [start, end), in one vma, can migrate: to ``vram``, or, with other flags, out of it.
+
+    It is the range that MIGRATE invalidates, with the memory's owner, until migrate_vma_finalize().
+    Never-touched and zero pages have MIGRATE_PFN_MIGRATE without MIGRATE_PFN_VALID. EINVAL: no interval of
+    whole pages, a hole, more than one vma, memory that is unreadable, special or of hugetlb, no flags. Other
+    errors as migrate_to_device(). Finish it, also after an error: use it as a context manager.
+    """
+    what = "migrate_vma_setup"
+    check_migration(mm, what, start, end)
+    vma = _vma_of(mm, what, start, end)
+    if vma.hugetlb or vma.special or not vma.prot & PROT_READ:
+        raise error(errno.EINVAL, f"{what}: memory that does not migrate", addr=start, mm=mm)
+    if not flags or flags & ~7:
+        raise MirrorError(errno.EINVAL, f"{what}: flags {flags:#x}", hint="some of MIGRATE_VMA_SELECT_*")
+    args = MigrateVma(mm, start, end, vram, flags)
+    with ExitStack() as stack:
+        stack.enter_context(vram._serving(mm, what))
+        watch_movable(mm, start, end)
+        stack.enter_context(mm._migrating(what, start, end, vram.owner))
+        _collect(args, vma)
+        args._stack = stack.pop_all()
+    return args
+
+
+def _vma_of(mm: AddressSpace, what: str, start: int, end: int) -> Vma:
+    """The vma of an interval. What migration has split off itself still counts as a part of it."""
+    at, found = start, None
+    for vma in mm._walk(start, end):
+        kind = (vma.prot, vma.shared, vma.dev, vma.inode, vma.special, vma.hugetlb)
+        if vma.start > at or (found and found != kind):
+            break
+        at, found = vma.end, kind
+    first = find_vma(mm.native, start)
+    if at < end or first is None:
+        raise error(errno.EINVAL, f"{what}: not in one vma", addr=start, mm=mm, hint="migrate vma by vma")
+    return first
+
+
+def _collect(args: MigrateVma, vma: Vma) -> None:
+    pfns, raw = _look(args)
+    valid = (pfns & _U64(HMM_PFN_VALID)) != 0
+    zero = args.mm.features.zero_pfn
+    own = is_device_private_pfn(pfns)
+    held = args.vram.holds(args.start, args.end)
+    coherent = coherent_pages(args.mm, args.start, args.end)
+    system = np.zeros(args.npages, bool)
+    empty = np.zeros(args.npages, bool)
+    if args.flags & MIGRATE_VMA_SELECT_SYSTEM and not vma.shared:
+        absent = (raw & _U64(_PRESENT | _SWAPPED)) == 0
+        empty = (absent & ~own & ~_elsewhere(args)) | (valid & (hmm_pfn_to_pfn(pfns) == zero) & bool(zero))
+        empty &= not vma.file
+        system = valid & ~own & ~coherent & ~empty & ((raw & _U64(_FILE)) == 0)
+    if args.flags & MIGRATE_VMA_SELECT_DEVICE_PRIVATE:
+        system |= own & held
+    if args.flags & MIGRATE_VMA_SELECT_DEVICE_COHERENT:
+        system |= coherent & held
+    write = (pfns & _U64(HMM_PFN_WRITE)) != 0
+    entries = migrate_pfn(hmm_pfn_to_pfn(pfns)) | _U64(MIGRATE_PFN_MIGRATE)
+    args.src[system] = entries[system]
+    args.src[system & write] |= _U64(MIGRATE_PFN_WRITE)
+    args.src[empty] = MIGRATE_PFN_MIGRATE
+    args.cpages = int(np.count_nonzero(args.src))
+
+
+def _look(args: MigrateVma) -> tuple[PfnArray, PfnArray]:
+    """HMM pfns, as the owner sees them, and raw entries of the pagemap."""
+    mm, pfns, raw = args.mm, np.zeros(args.npages, _U64), np.zeros(args.npages, _U64)
+    walk = ffi.new("struct pm_walk *", {"start": args.start, "end": args.end, "owner": id(args.vram.owner)})
+    walk.pfns = buffer = ffi.from_buffer("uint64_t[]", pfns)
+    check(lib.pm_walk(mm.native, walk), "migrate_vma_setup", addr=args.start, mm=mm)
+    del buffer
+    entries = ffi.from_buffer("uint64_t[]", raw)
+    ret = lib.pm_pagemap_read(mm.native, args.start, args.npages, entries)
+    check(ret, "migrate_vma_setup", addr=args.start, mm=mm)
+    return pfns, raw
+
+
+def _elsewhere(args: MigrateVma) -> Bools:
+    """Pages that are in some device memory."""
+    away: Bools = np.zeros(args.npages, bool)
+    for memory in [*args.mm._device_memory]:
+        away |= memory.holds(args.start, args.end)
+    return away
+
+
+def migrate_vma_pages(args: MigrateVma) -> int:
+    """Move the pages that have MIGRATE_PFN_MIGRATE in ``src`` to what ``dst`` has for them; gives how many.
+
+    What did not move has the bit cleared: ``dst`` was 0, or the race was lost (the page has gone, changed,
+    been pinned). To the system any entry with MIGRATE_PFN_VALID asks for a page of the kernel's choice. EBUSY
+    with inline delivery as migrate_to_device(); EINVAL: finalized, or a PFN of ``dst`` that is not of the
+    memory.
+    """
+    what = "migrate_vma_pages"
+    not_in_callback(what)
+    _check_open(args, what)
+    asked = (args.src & _U64(MIGRATE_PFN_MIGRATE)) != 0
+    asked &= (args.dst & _U64(MIGRATE_PFN_VALID)) != 0
+    held = args.vram.holds(args.start, args.end)
+    moved = np.zeros(args.npages, bool)
+    moved |= _home(args, what, asked & held)
+    moved |= _away(args, what, asked & ~held)
+    args.src[~moved] &= _U64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
+    return int(np.count_nonzero(moved))
+
+
+def _away(args: MigrateVma, what: str, asked: Bools) -> Bools:
+    if args.vram.kind == "coherent":
+        for first, last in _runs(asked):
+            moved = ffi.new("uint64_t *")
+            addr = args.start + first * PAGE_SIZE
+            end = args.start + last * PAGE_SIZE
+            check(lib.pm_migrate_to_device(args.vram._native, addr, end, moved), what, addr=addr, mm=args.mm)
+        return asked & args.vram.holds(args.start, args.end)
+    pfns = np.where(asked, migrate_pfn_to_pfn(args.dst), _U64(0))
+    mine = args.vram.pfns
+    wrong = (pfns != 0) & ((pfns < mine.start) | (pfns >= mine.stop))
+    if wrong.any():
+        addr = args.start + int(np.flatnonzero(wrong)[0]) * PAGE_SIZE
+        text = f"{what}: dst is no page of {args.vram!r}"
+        raise error(errno.EINVAL, text, addr=addr, mm=args.mm, hint="alloc_pages() gives them")
+    ret_moved = np.zeros(args.npages, np.uint8)
+    ret = lib.pm_migrate_pages(
+        args.vram._native,
+        args.start,
+        args.npages,
+        ffi.from_buffer("uint64_t[]", pfns),
+        ffi.from_buffer("uint8_t[]", ret_moved),
+    )
+    if ret == -errno.EBUSY:
+        check_handler(args.mm, what)
+    check(ret, what, addr=args.start, mm=args.mm)
+    return ret_moved.astype(np.bool_)
+
+
+def _home(args: MigrateVma, what: str, asked: Bools) -> Bools:
+    for first, last in _runs(asked):
+        moved = ffi.new("uint64_t *")
+        addr, end = args.start + first * PAGE_SIZE, args.start + last * PAGE_SIZE
+        ret = lib.pm_migrate_to_system(args.mm.native, addr, end, args.vram._native, moved)
+        check(ret, what, addr=addr, mm=args.mm)
+    return asked & ~args.vram.holds(args.start, args.end)
+
+
+def migrate_vma_finalize(args: MigrateVma) -> None:
+    """End it: the invalidation is over, pages of the device that nothing moved to are free. Idempotent."""
+    if args.finalized:
+        return
+    args.finalized = True
+    try:
+        for pfns in args._reserved:
+            lib.pm_devmem_free(args.vram._native, pfns.size, ffi.from_buffer("uint64_t[]", pfns))
+    finally:
+        args._stack.close()
+
+
+class MigrateDevice:
+    """What migrate_device_range() found.
+
+    ``src`` and ``dst`` are as in MigrateVma, ``addrs`` are the addresses of the pages, 0 where there is none.
+    """
+
+    def __init__(self, vram: DeviceMemory, src: PfnArray, addrs: PfnArray) -> None:
+        self.vram = vram
+        self.src = src
+        self.dst: PfnArray = np.zeros(src.size, _U64)
+        self.addrs = addrs
+
+    def __repr__(self) -> str:
+        return f"<MigrateDevice of {self.vram!r}, {np.count_nonzero(self.src)} pages>"
+
+
+def migrate_device_range(vram: DeviceMemory, pfn: int, npages: int) -> MigrateDevice:
+    """What is in npages pages of private device memory from a PFN on: to evict it, whoever it belongs to.
+
+    ``vram.pfns`` is the range of its PFNs. ``src`` has MIGRATE_PFN_MIGRATE for pages in use. EINVAL: not all
+    PFNs of it. ESRCH in a forked child; EDEADLK in a callback.
+    """
+    what = "migrate_device_range"
+    not_in_callback(what)
+    with vram._lock:
+        vram._check(what)
+        pfns = vram.pfns
+        if npages <= 0 or pfn not in pfns or pfn + npages > pfns.stop:
+            raise MirrorError(
+                errno.EINVAL, f"{what}: {npages} pages from PFN {pfn:#x}", hint=f"vram.pfns is {pfns}"
+            )
+        addrs = np.zeros(npages, _U64)
+        buffer = ffi.from_buffer("uint64_t[]", addrs)
+        check(lib.pm_devmem_addrs(vram._native, pfn, npages, buffer), what)
+    entries = migrate_pfn(_U64(pfn) + np.arange(npages, dtype=_U64)) | _U64(MIGRATE_PFN_MIGRATE)
+    return MigrateDevice(vram, np.where(addrs != 0, entries, _U64(0)), addrs)
+
+
+def migrate_device_pages(args: MigrateDevice) -> int:
+    """Bring home what has MIGRATE_PFN_MIGRATE in ``src`` and MIGRATE_PFN_VALID in ``dst``; gives how many.
+
+    What did not come has the bit cleared in ``src``: it has moved meanwhile. Errors as migrate_to_system().
+    """
+    vram, what = args.vram, "migrate_device_pages"
+    not_in_callback(what)
+    not_under_driver_lock(what)
+    asked = (args.src & _U64(MIGRATE_PFN_MIGRATE)) != 0
+    asked &= (args.dst & _U64(MIGRATE_PFN_VALID)) != 0
+    came = np.zeros(args.src.size, bool)
+    with vram._lock:
+        vram._check(what)
+        mm = vram.mm
+        for group in _neighbours(args.addrs, asked) if mm is not None else []:
+            assert mm is not None
+            start = int(args.addrs[group[0]])
+            end = int(args.addrs[group[-1]]) + PAGE_SIZE
+            before = vram.holds(start, end)
+            bring_home(mm, what, start, end, vram._native, vram)
+            came[group] = before & ~vram.holds(start, end)
+    args.src[~came] &= _U64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
+    return int(np.count_nonzero(came))
+
+
+def migrate_device_finalize(args: MigrateDevice) -> None:
+    """End it. There is nothing to give back here: it stands for the kernel's call of that name."""
+
+
+def _neighbours(addrs: PfnArray, asked: Bools) -> list[npt.NDArray[np.intp]]:
+    """Indices of what is asked for, in order of address, cut where the next page is not the next address."""
+    order = np.flatnonzero(asked)
+    order = order[np.argsort(addrs[order], kind="stable")]
+    if not order.size:
+        return []
+    return np.split(order, np.flatnonzero(np.diff(addrs[order]) != PAGE_SIZE) + 1)
+
+
+def _runs(asked: Bools) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], asked, [False])).astype(np.int8)))
+    return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
+
+
+def _check_open(args: MigrateVma, what: str) -> None:
+    if args.finalized:
+        raise MirrorError(
+            errno.EINVAL, f"{what}: {args!r}", addr=args.start, hint="begin with migrate_vma_setup()"
+        )
