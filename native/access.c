@@ -278,8 +278,10 @@ uint64_t pm_table_entry(const struct pm_access_span *span, uint64_t addr)
 {
     struct pm_table *table = span->from;
     struct pm_leaf *leaf = pm_table_of(table, span->mm) ? pm_table_leaf(table, addr) : NULL;
+    uint64_t entry = leaf ? leaf->entry[pm_leaf_slot(addr)] : 0;
 
-    return leaf ? leaf->entry[pm_leaf_slot(addr)] : 0;
+    pm_tlb_use(&table->tlb, addr, entry);
+    return entry;
 }
 
 static void tell(struct pm_access *access, const struct pm_access_why *fault)

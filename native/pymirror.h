@@ -294,7 +294,9 @@ enum pm_entry { /* bits of a device page-table entry; the PFN is below them */
 struct pm_table_stats {
     uint64_t entries; /* programmed, fenced ones included */
     uint64_t fenced;
-    uint64_t bytes; /* of memory the table keeps */
+    uint64_t bytes;                /* of memory the table keeps */
+    uint64_t tlb_hits, tlb_misses; /* pages that the device has translated, with its 64 cached translations */
+    uint64_t tlb_flushed;          /* cached translations that an invalidation or the driver took away */
 };
 
 int pm_table_create(pm_table **ret);

@@ -111,6 +111,7 @@ static void unbind(struct pm_table *table)
     pm_unlock(mm);
     free_below(table->top, PM_TOP_LEVEL);
     table->entries = table->fenced = table->nodes = 0;
+    memset(table->tlb.page, 0, sizeof(table->tlb.page));
     table->mm = NULL;
     pm_mm_put(mm);
 }
@@ -310,12 +311,13 @@ int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uin
     return err;
 }
 
-static void fence_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last,
+static void fence_leaf(struct pm_table *table, struct pm_leaf *leaf, uint64_t addr, unsigned last,
                        uint64_t seq)
 {
-    for (unsigned i = first; i <= last; i++) {
+    for (unsigned i = pm_leaf_slot(addr); i <= last; i++) {
         if (!(leaf->entry[i] & PM_ENTRY_VALID))
             continue;
+        pm_tlb_flush(&table->tlb, pm_leaf_first(addr) + ((uint64_t)i << PM_PAGE_SHIFT));
         leaf->entry[i] = PM_ENTRY_FENCED | (leaf->entry[i] & PM_ENTRY_WRITE) | (seq & PM_ENTRY_SEQ_MASK);
         leaf->fenced++;
         table->fenced++;
@@ -335,7 +337,7 @@ void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t s
         struct pm_leaf *leaf;
 
         while ((leaf = pm_table_next_leaf(table, &addr, last))) {
-            fence_leaf(table, leaf, pm_leaf_slot(addr), last_slot(addr, last), seq);
+            fence_leaf(table, leaf, addr, last_slot(addr, last), seq);
             addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
         }
     }
@@ -370,13 +372,14 @@ void pm_tables_drop(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t se
     }
 }
 
-static int64_t clear_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last)
+static int64_t clear_leaf(struct pm_table *table, struct pm_leaf *leaf, uint64_t addr, unsigned last)
 {
     int64_t n = 0;
 
-    for (unsigned i = first; i <= last; i++) {
+    for (unsigned i = pm_leaf_slot(addr); i <= last; i++) {
         if (leaf->entry[i] == 0)
             continue;
+        pm_tlb_flush(&table->tlb, pm_leaf_first(addr) + ((uint64_t)i << PM_PAGE_SHIFT));
         if (leaf->entry[i] & PM_ENTRY_FENCED) {
             leaf->fenced--;
             table->fenced--;
@@ -412,7 +415,7 @@ int64_t pm_table_clear(pm_table *table, uint64_t start, uint64_t end)
         return -ESRCH;
     pm_lock(mm);
     while (pm_table_of(table, mm) && (leaf = pm_table_next_leaf(table, &addr, last))) {
-        n += clear_leaf(table, leaf, pm_leaf_slot(addr), last_slot(addr, last));
+        n += clear_leaf(table, leaf, addr, last_slot(addr, last));
         if (leaf->used == 0) {
             unlink_leaf(table, addr);
             leaf->entry[0] = (uint64_t)(uintptr_t)empty;
@@ -513,6 +516,9 @@ int pm_table_stats(pm_table *table, struct pm_table_stats *ret)
     if (pm_table_of(table, mm)) {
         ret->entries = table->entries;
         ret->fenced = table->fenced;
+        ret->tlb_hits = table->tlb.hits;
+        ret->tlb_misses = table->tlb.misses;
+        ret->tlb_flushed = table->tlb.flushed;
         ret->bytes +=
             count_leaves(table) * sizeof(struct pm_leaf) + table->nodes * PM_FANOUT * sizeof(void *);
     }

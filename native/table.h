@@ -11,6 +11,8 @@
 
 #include "internal.h"
 
+#include "tlb.h"
+
 enum { PM_LEVEL_BITS = 9, PM_FANOUT = 1 << PM_LEVEL_BITS, PM_TOP_LEVEL = 3 };
 
 struct pm_leaf {
@@ -29,6 +31,7 @@ struct pm_table {
     _Atomic(void *) top[PM_FANOUT];
     uint64_t entries, fenced; /* under the device lock */
     atomic_uint_least64_t nodes;
+    struct pm_tlb tlb; /* under the device lock */
 };
 
 static inline uint64_t pm_leaf_first(uint64_t addr)

@@ -175,10 +175,16 @@ class PageTable:
         return None
 
     def stats(self) -> dict[str, int]:
-        """``entries`` programmed, ``fenced`` ones among them, ``bytes`` of memory that the table takes."""
+        """Counts: what is in the table, and what the device's TLB did since the table was made.
+
+        ``entries`` programmed, ``fenced`` ones among them, ``bytes`` of memory that the table takes;
+        ``tlb_hits`` and ``tlb_misses`` are pages that the device translated, with the 64 translations that it
+        caches, ``tlb_flushed`` cached ones that an invalidation or ``clear()`` took away.
+        """
         ret = ffi.new("struct pm_table_stats *")
         check(lib.pm_table_stats(self._native, ret), "PageTable.stats")
-        return {"entries": ret.entries, "fenced": ret.fenced, "bytes": ret.bytes}
+        names = ("entries", "fenced", "bytes", "tlb_hits", "tlb_misses", "tlb_flushed")
+        return {name: getattr(ret, name) for name in names}
 
     def who_mapped(self, addr: int) -> Mapping | None:
         """The last map() over the address, if it is not too long ago."""
