@@ -52,17 +52,16 @@ void pm_home_readonly(struct pm_mm *mm, uint64_t start, uint64_t end)
         pm_watch_protect(mm, start, end);
 }
 
-/* A run of pages; nobody is woken. Of one page the kernel says whether its slot is a hole (ENOENT), which a
+/* A run of pages. Of one page the kernel says whether its slot is a hole (ENOENT), which a
  * fault on it must fill: the call that would find out is saved. */
-static int64_t move_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len)
+static int64_t move_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len, uint64_t mode)
 {
-    struct pm_abi_uffdio_move move = {
-        .dst = addr, .src = slot, .len = len, .mode = PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE};
+    struct pm_abi_uffdio_move move = {.dst = addr, .src = slot, .len = len, .mode = mode};
     int err;
 
     if (len > PM_PAGE_SIZE) {
         mm->devices->met_holes = true;
-        return pm_move_pages(mm->uffd, addr, slot, len, PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+        return pm_move_pages(mm->uffd, addr, slot, len, mode);
     }
     err = pm_sys_ioctl(mm->uffd, PM_ABI_UFFDIO_MOVE, &move);
     return err ? err : PM_PAGE_SIZE;
@@ -78,19 +77,24 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
     for (uint64_t addr = start; pm_resident_next(devices, &addr, end); addr += (uint64_t)got) {
         uint64_t entry = *pm_resident_at(devices, addr, false), slot = pm_page_down(entry);
         uint64_t limit = pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
+        /* What is to be read-only is not touched before it is. */
+        bool wakes = entry & PM_RESIDENT_WRITE;
 
         got = PM_PAGE_SIZE;
         if (only && pm_devmem_of(devices, slot) != only)
             continue;
-        got = move_home(mm, addr, slot, pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT);
-        if (got < 0 && got != -EAGAIN)
+        got = move_home(mm, addr, slot, pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT,
+                        wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+        if (got < 0 && got != -EAGAIN) {
             got = copy_home(mm, addr, slot);
+            wakes = false;
+        }
         if (got < 0)
             return got;
         if (!(entry & PM_RESIDENT_WRITE))
             pm_home_readonly(mm, addr, addr + (uint64_t)got);
         pm_devmem_forget(mm, addr, (uint64_t)got >> PM_PAGE_SHIFT);
-        if (!mm->inline_faults)
+        if (!wakes && !mm->inline_faults)
             pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){addr, (uint64_t)got});
         devices->stats.to_system += (uint64_t)got >> PM_PAGE_SHIFT;
         total += got >> PM_PAGE_SHIFT;
