@@ -122,27 +122,20 @@ int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_
     return 0;
 }
 
-static void free_slot(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot)
+/* Slots in a row, in one block. */
+static void free_slots(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot, uint64_t n)
 {
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
 
-    block->back[place_of(slot)] = 0;
-    vram->used--;
-    if (--block->used)
+    memset(block->back + place_of(slot), 0, n * sizeof(*block->back));
+    vram->used -= n;
+    block->used -= n;
+    if (block->used)
         return;
     pm_node_free(devices, block->back);
     block->back = NULL;
     /* The page tables go: where one is, a huge page would have to be split to be moved in. */
     pm_sys_madvise(slot & ~(PM_HUGE_SIZE - 1), PM_HUGE_SIZE, MADV_DONTNEED);
-}
-
-static void forget_page(struct pm_devices *devices, uint64_t addr)
-{
-    uint64_t *entry = pm_resident_at(devices, addr, false), slot = pm_page_down(*entry);
-
-    *entry = 0;
-    devices->stats.resident--;
-    free_slot(devices, pm_devmem_of(devices, slot), slot);
 }
 
 /* Slots for a run of pages: how many there was room for. */
@@ -210,7 +203,7 @@ int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns)
         if (slot < vram->base || block >= vram->nblocks || !vram->blocks[block].back)
             continue;
         if (vram->blocks[block].back[place_of(slot)] == PM_RESERVED)
-            free_slot(mm->devices, vram, slot);
+            free_slots(mm->devices, vram, slot, 1);
     }
     pm_unlock(mm);
     return 0;
@@ -248,8 +241,18 @@ int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret)
 
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
 {
-    for (uint64_t i = 0; i < n; i++)
-        forget_page(mm->devices, addr + (i << PM_PAGE_SHIFT));
+    struct pm_devices *devices = mm->devices;
+    uint64_t end = addr + (n << PM_PAGE_SHIFT), run;
+
+    for (; addr < end; addr += run << PM_PAGE_SHIFT) {
+        uint64_t *entry = pm_resident_at(devices, addr, false), slot = pm_page_down(*entry);
+
+        run = pm_min(PM_HUGE_PAGES - place_of(slot), PM_HUGE_PAGES - place_of(addr));
+        run = pm_min(run, pm_resident_run(devices, addr, end));
+        memset(entry, 0, run * sizeof(*entry));
+        devices->stats.resident -= run;
+        free_slots(devices, pm_devmem_of(devices, slot), slot, run);
+    }
 }
 
 void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end)

@@ -98,6 +98,21 @@ uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow)
     return pm_tree_at(devices, devices->top, addr, grow);
 }
 
+/* The end of the leaf that addr is in, or `end`. */
+static uint64_t leaf_end(uint64_t addr, uint64_t end)
+{
+    return pm_min(end, (addr | (PM_HUGE_SIZE - 1)) + 1);
+}
+
+/* Of the part of a leaf in [*addr, end): moves *addr to the first entry that is not 0, or to the end. */
+static bool next_in_leaf(const uint64_t *leaf, uint64_t *addr, uint64_t end)
+{
+    end = leaf_end(*addr, end);
+    while (*addr < end && !leaf[slot_of(*addr, 0)])
+        *addr += PM_PAGE_SIZE;
+    return *addr < end;
+}
+
 bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end)
 {
     end = top ? pm_min(end, PM_USER_END) : 0;
@@ -107,8 +122,10 @@ bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end)
 
         while (level > 0 && node[slot_of(*addr, level)])
             node = node_at(node[slot_of(*addr, level--)]);
-        if (level == 0 && node[slot_of(*addr, 0)])
+        if (level == 0 && next_in_leaf(node, addr, end))
             return true;
+        if (level == 0)
+            continue;
         span = 1ULL << (PM_PAGE_SHIFT + level * LEVEL_BITS);
         *addr = (*addr & ~(span - 1)) + span;
     }
@@ -122,13 +139,19 @@ bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end)
 
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end)
 {
-    uint64_t first = *pm_resident_at(devices, addr, false), n = 1, *entry;
+    uint64_t *entry = pm_resident_at(devices, addr, false), first = *entry, n = 0;
 
-    while (addr + (n << PM_PAGE_SHIFT) < end) {
-        entry = pm_resident_at(devices, addr + (n << PM_PAGE_SHIFT), false);
-        if (!entry || *entry != first + (n << PM_PAGE_SHIFT))
+    while (entry && addr < end) {
+        uint64_t last = leaf_end(addr, end);
+
+        while (addr < last && *entry == first + (n << PM_PAGE_SHIFT)) {
+            entry++;
+            n++;
+            addr += PM_PAGE_SIZE;
+        }
+        if (addr < last)
             break;
-        n++;
+        entry = addr < end ? pm_resident_at(devices, addr, false) : NULL;
     }
     return n;
 }
