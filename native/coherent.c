@@ -257,11 +257,22 @@ static int exchange(struct pm_devmem *vram, bool to_device, uint64_t addr, uint6
     return err;
 }
 
+/* Whether any page of [*addr, end) is noted, and the first that is. */
+static bool next_note(struct pm_mm *mm, uint64_t *addr, uint64_t end)
+{
+    bool found;
+
+    pm_lock(mm);
+    found = pm_tree_next(mm->devices->coherent, addr, end);
+    pm_unlock(mm);
+    return found;
+}
+
 static int exchange_all(struct pm_devmem *vram, bool to_device, uint64_t start, uint64_t end, uint64_t *moved)
 {
     int err = 0;
 
-    while (!err && start < end) {
+    while (!err && start < end && (to_device || next_note(vram->mm, &start, end))) {
         uint64_t next = pm_min(end, (start & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
 
         err = exchange(vram, to_device, start, next, moved);
