@@ -93,6 +93,8 @@ uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end
  * What a walk of that owner reads for pages of its own that are in device memory; `keep`: bits that they may
  * have. Takes the lock. True if there was one.
  */
+/* Is it in a huge page of device memory, mapped whole when it comes home? With the device lock held. */
+bool pm_resident_huge(struct pm_mm *mm, uint64_t addr);
 bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t n, uint64_t keep,
                       uint64_t *pfns);
 /* Entries of the pagemap, with resident pages as present. */

@@ -174,19 +174,11 @@ int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devme
     return err;
 }
 
-/* A huge page that comes home in pieces would be split. */
-static bool in_huge_page(struct pm_mm *mm, uint64_t addr)
-{
-    uint64_t slot = pm_resident(mm->devices, addr);
-
-    return (addr - slot) % PM_HUGE_SIZE == 0 && pm_devmem_full(mm->devices, slot) &&
-           pm_pagemap_is(mm, slot, PM_ABI_PAGE_IS_HUGE);
-}
-
 /* How much comes home with the page at addr. */
 static void span_around(struct pm_mm *mm, uint64_t addr, uint64_t *start, uint64_t *end)
 {
-    uint64_t around = in_huge_page(mm, addr) ? PM_HUGE_SIZE : mm->devices->around;
+    /* A huge page that comes home in pieces would be split. */
+    uint64_t around = pm_resident_huge(mm, addr) ? PM_HUGE_SIZE : mm->devices->around;
 
     *start = addr & ~(around - 1);
     *end = *start + around;

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 
 #include "devmem.h"
+#include "pagemap.h"
 
 enum { LEVEL_BITS = 9, FANOUT = 1 << LEVEL_BITS, TOP_LEVEL = 3 };
 
@@ -156,6 +157,14 @@ uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end
     return n;
 }
 
+bool pm_resident_huge(struct pm_mm *mm, uint64_t addr)
+{
+    uint64_t slot = pm_resident(mm->devices, addr);
+
+    return (addr - slot) % PM_HUGE_SIZE == 0 && pm_devmem_full(mm->devices, slot) &&
+           pm_pagemap_is(mm, slot, PM_ABI_PAGE_IS_HUGE);
+}
+
 static uint64_t shown(struct pm_devices *devices, uint64_t entry)
 {
     uint64_t write = entry & PM_RESIDENT_WRITE ? PM_PFN_WRITE : 0;
@@ -166,7 +175,7 @@ static uint64_t shown(struct pm_devices *devices, uint64_t entry)
 bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t n, uint64_t keep,
                       uint64_t *pfns)
 {
-    uint64_t end = start + (n << PM_PAGE_SHIFT);
+    uint64_t end = start + (n << PM_PAGE_SHIFT), huge = UINT64_MAX, order = 0;
     bool any = false;
 
     if (!owner)
@@ -177,7 +186,10 @@ bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t
 
         if (pm_devmem_of(mm->devices, entry)->owner != owner)
             continue;
-        pfns[(addr - start) >> PM_PAGE_SHIFT] = shown(mm->devices, entry) & keep;
+        if (huge != addr / PM_HUGE_SIZE)
+            order = pm_resident_huge(mm, addr) ? (uint64_t)PM_HUGE_ORDER << PM_PFN_ORDER_SHIFT : 0;
+        huge = addr / PM_HUGE_SIZE;
+        pfns[(addr - start) >> PM_PAGE_SHIFT] = (shown(mm->devices, entry) | order) & keep;
         any = true;
     }
     pm_unlock(mm);
