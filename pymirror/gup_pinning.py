@@ -20,6 +20,7 @@ from ._shim import ffi, lib
 from .errors import MirrorError, error
 from .event import Event
 from .features import memlock_command
+from .migrate import migrate_to_system
 from .pfn import HMM_PFN_VALID, HMM_PFN_WRITE
 from .vma import Vma
 from .walk import PAGE_SHIFT, PAGE_SIZE, detected, walk_error
@@ -49,6 +50,7 @@ _HELD = HMM_PFN_VALID | HMM_PFN_WRITE
 def pin_pages(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any, PfnArray]:
     """A ``pm_pin **`` that holds the pin, and the pfns of its pages."""
     end = start + npages * PAGE_SIZE
+    _leave_coherent(mm, start, end)
     with mm._operation(what, start, end, write=False, track=trace.Track.PIN):
         mm.features.require("io_uring", what)
         if npages > _LOOK_FIRST:
@@ -57,6 +59,13 @@ def pin_pages(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any
         if "pagemap" in mm.features:
             return _Pinning(mm, what, start, npages).pin()
         return _pin_unseen(mm, what, start, npages)
+
+
+def _leave_coherent(mm: AddressSpace, start: int, end: int) -> None:
+    """FOLL_LONGTERM: pages of device-coherent memory become system memory first, as in the kernel."""
+    for vram in list(mm._device_memory):
+        if vram.kind == "coherent":
+            migrate_to_system(mm, start, end, vram)
 
 
 class _Pinning:
