@@ -62,6 +62,9 @@ PROT_DEV_PRIVATE_LOCAL = 0x20
 PROT_DEV_COHERENT_LOCAL = 0x40
 PROT_DEV_COHERENT_REMOTE = 0x50
 
+# A flag of FLAGS.
+FAIL_ALLOC = 1
+
 _PMD_ORDER = 9
 _REMOTE = PROT_DEV_COHERENT_REMOTE & ~PROT_DEV_COHERENT_LOCAL
 
@@ -147,7 +150,9 @@ class Dmirror:
         self.device = Device(name)
         self.lock = DriverLock()
         self._request: _Request | None = None
-        self.memory = DeviceMemory(self.device, MEMORY_SIZE, kind=kind)
+        self._fail_alloc = False
+        self._kind = kind
+        self.memory = self._new_memory()
         self.device.set_fault_handler(self._device_fault)
         self.notifier = IntervalNotifier(mm, 0, WHOLE_MM, self._invalidate)
 
@@ -156,6 +161,9 @@ class Dmirror:
         self.memory.close()
         self.notifier.remove()
         self.device.page_table.clear(0, WHOLE_MM)
+
+    def _new_memory(self) -> DeviceMemory:
+        return DeviceMemory(self.device, MEMORY_SIZE, kind=self._kind)
 
     def read(self, addr: int, npages: int) -> Result:
         """READ: what the device sees in npages pages from addr."""
@@ -191,6 +199,24 @@ class Dmirror:
     def migrate_to_sys(self, addr: int, npages: int) -> Result:
         """MIGRATE_TO_SYS: what is in this device's memory comes home; cpages is the number that moved."""
         return Result(self._migrate(addr, npages, self._home))
+
+    def release(self) -> Result:
+        """RELEASE: all of this device's memory comes home and is given back; cpages is what was in it."""
+        resident = self.memory.used // PAGE
+        self.memory.close()
+        self.memory = self._new_memory()
+        self.mm.sync()
+        return Result(resident)
+
+    def flags(self, flags: int) -> Result:
+        """FLAGS: with FAIL_ALLOC the next huge page that migrates gets no huge page of the device, once.
+
+        It is split, and moves as pages of 4 KiB. EINVAL: another flag.
+        """
+        if flags & ~FAIL_ALLOC:
+            raise error(errno.EINVAL, f"dmirror: flags {flags:#x}", hint=f"FAIL_ALLOC ({FAIL_ALLOC}) or 0")
+        self._fail_alloc = bool(flags & FAIL_ALLOC)
+        return Result(0)
 
     def exclusive(self, addr: int, npages: int) -> Result:
         """EXCLUSIVE: the device has the pages to itself until the CPU touches them; gives what it reads
@@ -244,13 +270,14 @@ class Dmirror:
             raise error(errno.EPERM, "dmirror: pages are exclusive still", addr=addr, mm=self.mm)
         return Result(0)
 
-    def _split(self, start: int, end: int) -> None:
-        """A page that goes away and comes back splits the huge page that it is part of."""
+    def _split(self, start: int, end: int) -> bool:
+        """Whether there is a huge page. A page that goes away and comes back splits what it is part of."""
         pfns = self._range_fault(start, end, flags=0)
         huge = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & (hmm_pfn_to_map_order(pfns) == _PMD_ORDER)
         for page in np.flatnonzero(huge)[:1]:
             addr = start + int(page) * PAGE
             make_device_exclusive_range(self.mm, addr, addr + PAGE, self.device).release()
+        return bool(huge.any())
 
     def _read_back(self, addr: int, npages: int) -> Result:
         """What the device reads, without a fault: ENOENT where it has no entry."""
@@ -295,6 +322,8 @@ class Dmirror:
         return kept
 
     def _out(self, staying: _Pages, start: int, end: int) -> int:
+        if self._fail_alloc and self._split(start, end):
+            self._fail_alloc = False
         moved = sum(migrate_to_device(self.mm, *piece, self.memory) for piece in _others(staying, start, end))
         if self.quirks.clears_new_pages:
             self.memory.populate(start, end)
