@@ -148,7 +148,7 @@ static int64_t renew(struct pm_mm *mm, uint64_t addr)
 {
     static const char zeroes[PM_PAGE_SIZE] __attribute__((aligned(4096)));
     uint64_t slot = pm_resident(mm->devices, addr), seen;
-    bool writable = *pm_resident_at(mm->devices, addr, false) & PM_RESIDENT_WRITE;
+    bool writable = pm_resident_word(mm->devices, addr) & PM_RESIDENT_WRITE;
     struct uffdio_copy copy = {.dst = addr, .src = slot, .len = PM_PAGE_SIZE};
     int err = pm_pagemap_read(mm, slot, 1, &seen);
 

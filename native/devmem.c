@@ -53,7 +53,7 @@ static bool is_free(const struct pm_block *block, uint64_t place, uint64_t n)
         if (block->back[i])
             return false;
     }
-    return true;
+    return !block->whole;
 }
 
 static uint64_t unused_block(struct pm_devmem *vram)
@@ -96,13 +96,83 @@ uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n)
     return *n ? pm_devmem_slots(vram, addr, *n) : 0;
 }
 
+/* The addresses of a block's slots. */
+static uint64_t *back_of(struct pm_devices *devices, struct pm_block *block)
+{
+    if (!block->whole)
+        return block->back;
+    block->back = pm_node_promised(devices);
+    for (uint64_t i = 0; i < PM_HUGE_PAGES; i++)
+        block->back[i] = block->whole + (i << PM_PAGE_SHIFT);
+    block->whole = 0;
+    return block->back;
+}
+
+/* Could it be noted by one word, in the tree and in the block? */
+static bool is_whole(const struct pm_block *block, uint64_t addr, uint64_t slot, uint64_t n)
+{
+    return n == PM_HUGE_PAGES && addr % PM_HUGE_SIZE == 0 && slot % PM_HUGE_SIZE == 0 && !block->used;
+}
+
+int pm_devmem_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n)
+{
+    struct pm_devices *devices = vram->mm->devices;
+
+    if (!is_whole(&vram->blocks[block_of(vram, slot)], addr, slot, n))
+        return pm_devmem_note(vram, addr, slot, 0, NULL);
+    return pm_resident_ready(devices, addr) && pm_node_promise(devices, 2) ? 0 : -ENOMEM;
+}
+
+void pm_devmem_unready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n)
+{
+    if (is_whole(&vram->blocks[block_of(vram, slot)], addr, slot, n))
+        vram->mm->devices->promised -= 2;
+}
+
+static void count_noted(struct pm_devmem *vram, struct pm_block *block, uint64_t n, uint64_t fresh)
+{
+    block->used += fresh;
+    if (n && vram->timeslice_ns)
+        block->until_ns = pm_now_ns() + vram->timeslice_ns;
+    block->used_at = ++vram->clock;
+    vram->used += fresh;
+    vram->mm->devices->stats.resident += n;
+}
+
+static void note_whole(struct pm_devmem *vram, uint64_t addr, uint64_t slot, bool writable)
+{
+    struct pm_devices *devices = vram->mm->devices;
+    struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+
+    if (block->back)
+        pm_node_free(devices, block->back);
+    block->back = NULL;
+    block->whole = addr;
+    pm_resident_set_whole(devices, addr, slot | PM_RESIDENT | (writable ? PM_RESIDENT_WRITE : 0));
+    count_noted(vram, block, PM_HUGE_PAGES, PM_HUGE_PAGES);
+}
+
+void pm_devmem_note_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, uint64_t moved,
+                          const bool *writable)
+{
+    bool whole = is_whole(&vram->blocks[block_of(vram, slot)], addr, slot, n);
+
+    if (whole && moved == n && (memchr(writable, !writable[0], n) == NULL)) {
+        note_whole(vram, addr, slot, writable[0]);
+        return;
+    }
+    if (whole)
+        vram->mm->devices->promised -= 2;
+    pm_devmem_note(vram, addr, slot, moved, writable);
+}
+
 int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable)
 {
     struct pm_devices *devices = vram->mm->devices;
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
     uint64_t *entry = pm_resident_at(devices, addr, true), fresh = 0;
 
-    if (!block->back)
+    if (!back_of(devices, block))
         block->back = pm_node_new(devices);
     if (!entry || !block->back)
         return -ENOMEM;
@@ -113,12 +183,7 @@ int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_
         *back = addr + (i << PM_PAGE_SHIFT);
         entry[i] = (slot + (i << PM_PAGE_SHIFT)) | PM_RESIDENT | (writable[i] ? PM_RESIDENT_WRITE : 0);
     }
-    block->used += fresh;
-    if (n && vram->timeslice_ns)
-        block->until_ns = pm_now_ns() + vram->timeslice_ns;
-    block->used_at = ++vram->clock;
-    vram->used += fresh;
-    devices->stats.resident += n;
+    count_noted(vram, block, n, fresh);
     return 0;
 }
 
@@ -127,12 +192,18 @@ static void free_slots(struct pm_devices *devices, struct pm_devmem *vram, uint6
 {
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
 
-    memset(block->back + place_of(slot), 0, n * sizeof(*block->back));
+    if (block->whole && n == PM_HUGE_PAGES) {
+        block->whole = 0;
+        devices->promised--;
+    } else {
+        memset(back_of(devices, block) + place_of(slot), 0, n * sizeof(*block->back));
+    }
     vram->used -= n;
     block->used -= n;
     if (block->used)
         return;
-    pm_node_free(devices, block->back);
+    if (block->back)
+        pm_node_free(devices, block->back);
     block->back = NULL;
     /* The page tables go: where one is, a huge page would have to be split to be moved in. */
     pm_sys_madvise(slot & ~(PM_HUGE_SIZE - 1), PM_HUGE_SIZE, MADV_DONTNEED);
@@ -229,9 +300,9 @@ int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret)
         return -EINVAL;
     pm_lock(mm);
     for (uint64_t i = 0; i < n; i++, slot += PM_PAGE_SIZE) {
-        const struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+        struct pm_block *block = &vram->blocks[block_of(vram, slot)];
 
-        ret[i] = block->back ? block->back[place_of(slot)] : 0;
+        ret[i] = back_of(mm->devices, block) ? block->back[place_of(slot)] : 0;
         if (ret[i] == PM_RESERVED)
             ret[i] = 0;
     }
@@ -245,11 +316,15 @@ void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
     uint64_t end = addr + (n << PM_PAGE_SHIFT), run;
 
     for (; addr < end; addr += run << PM_PAGE_SHIFT) {
-        uint64_t *entry = pm_resident_at(devices, addr, false), slot = pm_page_down(*entry);
+        uint64_t *whole = pm_resident_whole(devices, addr), slot = pm_resident(devices, addr);
 
-        run = pm_min(PM_HUGE_PAGES - place_of(slot), PM_HUGE_PAGES - place_of(addr));
-        run = pm_min(run, pm_resident_run(devices, addr, end));
-        memset(entry, 0, run * sizeof(*entry));
+        run = pm_min(PM_HUGE_PAGES - place_of(slot), pm_resident_run(devices, addr, end));
+        if (whole && run == PM_HUGE_PAGES) {
+            *whole = 0;
+            devices->promised--;
+        } else {
+            memset(pm_resident_at(devices, addr, false), 0, run * sizeof(*whole));
+        }
         devices->stats.resident -= run;
         free_slots(devices, pm_devmem_of(devices, slot), slot, run);
     }
@@ -284,7 +359,7 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
             return;
         *entry = *old;
         *old = 0;
-        vram->blocks[block_of(vram, slot)].back[place_of(slot)] = addr - from + to;
+        back_of(devices, &vram->blocks[block_of(vram, slot)])[place_of(slot)] = addr - from + to;
     }
     pm_coherent_moved(mm, from, to, len);
 }
@@ -465,6 +540,8 @@ int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end)
         if (block->used && (!oldest || block->used_at < oldest->used_at))
             oldest = block;
     }
+    if (oldest)
+        back_of(mm->devices, oldest);
     for (uint64_t i = 0; oldest && i < PM_HUGE_PAGES && !found; i++) {
         if (oldest->back[i] <= PM_RESERVED)
             continue;

@@ -25,6 +25,7 @@ static inline uint64_t pm_pfn_slot(uint64_t pfn)
 enum { PM_RESERVED = 1 };
 
 struct pm_block {
+    uint64_t whole; /* a 2 MiB range is in all of it, from this address on, and `back` is promised; or 0 */
     uint64_t
         *back; /* the address of each slot's page, 0: free, PM_RESERVED; NULL while the block is unused */
     uint64_t used;
@@ -57,6 +58,7 @@ struct pm_devices {
     struct pm_devmem *list;
     struct pm_devmem *exclusive; /* the one of the list that is */
     uint64_t pool, pool_used; /* pages for nodes, of a reservation of their own: the monitor takes some too */
+    uint64_t promised;        /* nodes that must be there when they are wanted */
     uint64_t *pool_free;
     uint64_t *top;
     uint64_t *coherent; /* another such tree: see coherent.c */
@@ -73,21 +75,28 @@ void pm_pool_set(struct pm_devices *devices, uint64_t pool);
 void pm_pool_unmap(uint64_t pool);
 uint64_t *pm_node_new(struct pm_devices *devices); /* a zeroed page, or NULL */
 void pm_node_free(struct pm_devices *devices, uint64_t *node);
+bool pm_node_promise(struct pm_devices *devices, uint64_t n);
+uint64_t *pm_node_promised(struct pm_devices *devices); /* one of those; it is there */
 /* The entry of an address in a tree, NULL: none, or with `grow` no memory; the first at or after *addr that
  * is not 0. */
 uint64_t *pm_tree_at(struct pm_devices *devices, uint64_t *top, uint64_t addr, bool grow);
 bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end);
 /* The entry of a page, 0: at home. NULL: none, or with `grow` no memory. */
 uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow);
+/* Its value, 0: at home. */
+uint64_t pm_resident_word(struct pm_devices *devices, uint64_t addr);
+/* The one word of the 2 MiB range that addr is in, if it has one. */
+uint64_t *pm_resident_whole(struct pm_devices *devices, uint64_t addr);
+/* So that a range can be noted by one; then do it: nothing of it is resident, and two nodes are promised. */
+bool pm_resident_ready(struct pm_devices *devices, uint64_t addr);
+void pm_resident_set_whole(struct pm_devices *devices, uint64_t addr, uint64_t value);
 static inline uint64_t pm_resident(struct pm_devices *devices, uint64_t addr)
 {
-    uint64_t *entry = pm_resident_at(devices, addr, false);
-
-    return entry ? pm_page_down(*entry) : 0;
+    return pm_page_down(pm_resident_word(devices, addr));
 }
 /* The first resident page at or after *addr and before end. */
 bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end);
-/* How many pages from addr on, before end, have slots in a row, and the same bits. */
+/* How many pages from addr on, before end and in its 2 MiB, have slots in a row, and the same bits. */
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end);
 /*
  * What a walk of that owner reads for pages of its own that are in device memory; `keep`: bits that they may
@@ -109,6 +118,12 @@ uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n);
 /* The same, or as a migration aims; 0 where there is no room. *n becomes what there is room for. */
 uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n);
 bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
+/* So that noting pages there will not fail: 0 or -ENOMEM. Undone by the note, or by pm_devmem_unready(). */
+int pm_devmem_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n);
+void pm_devmem_unready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n);
+/* ... of n that are ready these have moved. */
+void pm_devmem_note_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, uint64_t moved,
+                          const bool *writable);
 /* Pages that are in their slots, and for each whether it was writable. -ENOMEM: none is noted. */
 int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable);
 uint64_t pm_devmem_until(struct pm_devices *devices, uint64_t slot); /* CLOCK_MONOTONIC; 0: no such time */

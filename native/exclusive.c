@@ -62,11 +62,11 @@ static void read_pfns(struct pm_devmem *arena, uint64_t start, uint64_t n, uint6
 
     pm_lock(arena->mm);
     for (uint64_t i = 0; i < n; i++) {
-        uint64_t *entry = pm_resident_at(devices, start + (i << PM_PAGE_SHIFT), false);
+        uint64_t slot = pm_resident(devices, start + (i << PM_PAGE_SHIFT));
 
         pfns[i] = 0;
-        if (entry && *entry && pm_devmem_of(devices, *entry) == arena)
-            pfns[i] = PM_PFN_VALID | PM_PFN_WRITE | pm_slot_pfn(devices, pm_page_down(*entry));
+        if (slot && pm_devmem_of(devices, slot) == arena)
+            pfns[i] = PM_PFN_VALID | PM_PFN_WRITE | pm_slot_pfn(devices, slot);
     }
     pm_unlock(arena->mm);
 }

@@ -75,7 +75,7 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
     if (pm_lifting(mm, start, end))
         return -EAGAIN;
     for (uint64_t addr = start; pm_resident_next(devices, &addr, end); addr += (uint64_t)got) {
-        uint64_t entry = *pm_resident_at(devices, addr, false), slot = pm_page_down(entry);
+        uint64_t entry = pm_resident_word(devices, addr), slot = pm_page_down(entry);
         uint64_t limit = pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
         /* What is to be read-only is not touched before it is. */
         bool wakes = entry & PM_RESIDENT_WRITE;

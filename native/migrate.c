@@ -8,6 +8,7 @@
  * madvise or fork that it has done is not read yet: so what is noted is never out of date where it is used.
  */
 #include <errno.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -77,8 +78,16 @@ static int learn_writable(struct pm_mm *mm, uint64_t addr, uint64_t end, bool *w
 {
     uint64_t seen[PM_HUGE_PAGES], first = addr % PM_HUGE_SIZE >> PM_PAGE_SHIFT;
     uint64_t n = (end - addr) >> PM_PAGE_SHIFT;
-    int err = pm_pagemap_read(mm, addr, n, seen);
+    int err;
 
+    /* Of a huge page one entry says it for all. */
+    if (n == PM_HUGE_PAGES && pm_pagemap_is(mm, addr, PM_ABI_PAGE_IS_HUGE)) {
+        err = pm_pagemap_read(mm, addr, 1, seen);
+        if (!err)
+            memset(writable, is_writable(mm, addr, seen[0]), n * sizeof(*writable));
+        return err;
+    }
+    err = pm_pagemap_read(mm, addr, n, seen);
     for (uint64_t i = 0; !err && i < n; i++)
         writable[first + i] = is_writable(mm, addr + (i << PM_PAGE_SHIFT), seen[i]);
     return err;
@@ -103,7 +112,7 @@ static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const 
     if (!slot)
         return -ENOSPC;
     /* So that noting cannot fail once they have moved. */
-    if (pm_devmem_note(vram, *addr, slot, 0, NULL))
+    if (pm_devmem_ready(vram, *addr, slot, n))
         return -ENOMEM;
     got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT, 0);
     for (int i = 0; (got == -EAGAIN || got == -EEXIST) && i < AGAIN_LIMIT; i++) {
@@ -112,9 +121,11 @@ static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const 
             pm_sys_madvise(slot, n << PM_PAGE_SHIFT, MADV_DONTNEED);
         got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT, 0);
     }
-    if (got < 0)
+    if (got < 0) {
+        pm_devmem_unready(vram, *addr, slot, n);
         return got == -EAGAIN ? -EBUSY : (int)got;
-    pm_devmem_note(vram, *addr, slot, (uint64_t)got >> PM_PAGE_SHIFT, writable + place);
+    }
+    pm_devmem_note_ready(vram, *addr, slot, n, (uint64_t)got >> PM_PAGE_SHIFT, writable + place);
     devices->stats.to_device += (uint64_t)got >> PM_PAGE_SHIFT;
     *moved += (uint64_t)got >> PM_PAGE_SHIFT;
     *addr += (uint64_t)got;

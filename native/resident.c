@@ -3,7 +3,8 @@
  * resident.c - which pages of the mm are in device memory, and where: a radix tree of the CPU's own shape.
  *
  * Nodes are pages of a reservation: the monitor, which must not meet malloc's locks, may take one when memory
- * is moved behind our back.
+ * is moved behind our back. A 2 MiB range that is resident as a whole is one word, in the place of a leaf,
+ * until somebody wants the word of a page in it: the node for that is promised.
  */
 #include <sys/mman.h>
 
@@ -43,7 +44,7 @@ int pm_pool_map(uint64_t *ret)
 void pm_pool_set(struct pm_devices *devices, uint64_t pool)
 {
     devices->pool = pool;
-    devices->pool_used = 0;
+    devices->pool_used = devices->promised = 0;
     devices->pool_free = NULL;
     devices->top = pool ? pm_node_new(devices) : NULL;
     devices->coherent = pool ? pm_node_new(devices) : NULL;
@@ -64,11 +65,25 @@ uint64_t *pm_node_new(struct pm_devices *devices)
         node[0] = 0;
         return node;
     }
-    if (devices->pool_used == pool_size)
+    if (devices->pool_used + (devices->promised << PM_PAGE_SHIFT) >= pool_size)
         return NULL;
     node = node_at(devices->pool + devices->pool_used);
     devices->pool_used += PM_PAGE_SIZE;
     return node;
+}
+
+bool pm_node_promise(struct pm_devices *devices, uint64_t n)
+{
+    if (devices->pool_used + ((devices->promised + n) << PM_PAGE_SHIFT) > pool_size)
+        return false;
+    devices->promised += n;
+    return true;
+}
+
+uint64_t *pm_node_promised(struct pm_devices *devices)
+{
+    devices->promised--;
+    return pm_node_new(devices);
 }
 
 /* The node is all zeroes again. */
@@ -76,6 +91,20 @@ void pm_node_free(struct pm_devices *devices, uint64_t *node)
 {
     node[0] = (uintptr_t)devices->pool_free;
     devices->pool_free = node;
+}
+
+static bool is_whole(uint64_t word)
+{
+    return word & PM_RESIDENT;
+}
+
+static uint64_t split(struct pm_devices *devices, uint64_t word)
+{
+    uint64_t *leaf = pm_node_promised(devices);
+
+    for (uint64_t i = 0; i < FANOUT; i++)
+        leaf[i] = word + (i << PM_PAGE_SHIFT);
+    return (uintptr_t)leaf;
 }
 
 uint64_t *pm_tree_at(struct pm_devices *devices, uint64_t *node, uint64_t addr, bool grow)
@@ -89,9 +118,62 @@ uint64_t *pm_tree_at(struct pm_devices *devices, uint64_t *node, uint64_t addr, 
             *below = (uintptr_t)pm_node_new(devices);
         if (!*below)
             return NULL;
+        if (is_whole(*below))
+            *below = split(devices, *below);
         node = node_at(*below);
     }
     return &node[slot_of(addr, 0)];
+}
+
+/* The word in the place of a leaf, or NULL. */
+static uint64_t *leaf_word(struct pm_devices *devices, uint64_t addr, bool grow)
+{
+    uint64_t *node = devices->top;
+
+    if (!node || addr >= PM_USER_END)
+        return NULL;
+    for (int level = TOP_LEVEL; level > 1; level--) {
+        uint64_t *below = &node[slot_of(addr, level)];
+
+        if (!*below && grow)
+            *below = (uintptr_t)pm_node_new(devices);
+        if (!*below)
+            return NULL;
+        node = node_at(*below);
+    }
+    return &node[slot_of(addr, 1)];
+}
+
+uint64_t *pm_resident_whole(struct pm_devices *devices, uint64_t addr)
+{
+    uint64_t *word = leaf_word(devices, addr, false);
+
+    return word && is_whole(*word) ? word : NULL;
+}
+
+uint64_t pm_resident_word(struct pm_devices *devices, uint64_t addr)
+{
+    uint64_t *word = leaf_word(devices, addr, false);
+
+    if (!word || !*word)
+        return 0;
+    if (is_whole(*word))
+        return *word + (addr & (PM_HUGE_SIZE - 1) & ~(uint64_t)(PM_PAGE_SIZE - 1));
+    return node_at(*word)[slot_of(addr, 0)];
+}
+
+bool pm_resident_ready(struct pm_devices *devices, uint64_t addr)
+{
+    return leaf_word(devices, addr, true);
+}
+
+void pm_resident_set_whole(struct pm_devices *devices, uint64_t addr, uint64_t value)
+{
+    uint64_t *word = leaf_word(devices, addr, false);
+
+    if (*word)
+        pm_node_free(devices, node_at(*word));
+    *word = value;
 }
 
 uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow)
@@ -121,8 +203,11 @@ bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end)
         uint64_t *node = top, span;
         int level = TOP_LEVEL;
 
-        while (level > 0 && node[slot_of(*addr, level)])
+        while (level > 0 && node[slot_of(*addr, level)]) {
+            if (is_whole(node[slot_of(*addr, level)]))
+                return true;
             node = node_at(node[slot_of(*addr, level--)]);
+        }
         if (level == 0 && next_in_leaf(node, addr, end))
             return true;
         if (level == 0)
@@ -140,19 +225,16 @@ bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end)
 
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end)
 {
-    uint64_t *entry = pm_resident_at(devices, addr, false), first = *entry, n = 0;
+    uint64_t *entry, first, n = 0;
 
-    while (entry && addr < end) {
-        uint64_t last = leaf_end(addr, end);
-
-        while (addr < last && *entry == first + (n << PM_PAGE_SHIFT)) {
-            entry++;
-            n++;
-            addr += PM_PAGE_SIZE;
-        }
-        if (addr < last)
-            break;
-        entry = addr < end ? pm_resident_at(devices, addr, false) : NULL;
+    end = leaf_end(addr, end);
+    if (pm_resident_whole(devices, addr))
+        return (end - addr) >> PM_PAGE_SHIFT;
+    entry = pm_resident_at(devices, addr, false);
+    first = *entry;
+    for (; addr < end && *entry == first + (n << PM_PAGE_SHIFT); addr += PM_PAGE_SIZE) {
+        entry++;
+        n++;
     }
     return n;
 }
@@ -182,7 +264,7 @@ bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t
         return false;
     pm_lock(mm);
     for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += PM_PAGE_SIZE) {
-        uint64_t entry = *pm_resident_at(mm->devices, addr, false);
+        uint64_t entry = pm_resident_word(mm->devices, addr);
 
         if (pm_devmem_of(mm->devices, entry)->owner != owner)
             continue;
@@ -211,6 +293,14 @@ void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     if (!mm->devices)
         return;
-    for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += PM_PAGE_SIZE)
-        *pm_resident_at(mm->devices, addr, false) &= ~PM_RESIDENT_WRITE;
+    for (uint64_t addr = start, step; pm_resident_next(mm->devices, &addr, end); addr += step) {
+        uint64_t *word = pm_resident_whole(mm->devices, addr);
+
+        step = PM_HUGE_SIZE;
+        if (!word || addr % PM_HUGE_SIZE || end - addr < PM_HUGE_SIZE) {
+            word = pm_resident_at(mm->devices, addr, false);
+            step = PM_PAGE_SIZE;
+        }
+        *word &= ~PM_RESIDENT_WRITE;
+    }
 }
