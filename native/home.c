@@ -369,29 +369,33 @@ void pm_home_deferred(struct pm_mm *mm)
 /* n pages, as they are in their slots. False if the child does not get all of them. */
 static bool copy_to_child(int fd, uint64_t addr, uint64_t slot, uint64_t n)
 {
-    uint64_t end = addr + (n << PM_PAGE_SHIFT);
+    uint64_t end = addr + (n << PM_PAGE_SHIFT), most = end - addr;
     struct uffd_msg msg;
 
-    for (int i = 0; i < AGAIN_LIMIT && addr < end; i++) {
-        struct uffdio_copy copy = {.dst = addr, .src = slot, .len = end - addr};
+    for (int again = 0; addr < end && again < AGAIN_LIMIT;) {
+        struct uffdio_copy copy = {.dst = addr, .src = slot, .len = pm_min(most, end - addr)};
         int err = pm_sys_ioctl(fd, UFFDIO_COPY, &copy);
         uint64_t done = copy.copy > 0 ? (uint64_t)copy.copy : 0;
 
-        if (done)
-            i = 0;
-        addr += done;
-        slot += done;
-        if (addr == end || err == -ESRCH)
+        if (err == -ESRCH)
             return true;
-        if (err == -EEXIST || err == -ENOENT) {
-            addr += PM_PAGE_SIZE;
-            slot += PM_PAGE_SIZE;
-        } else if (err == -EAGAIN && !done) {
+        if (err == -ENOENT && copy.len > PM_PAGE_SIZE) {
+            /* It ends in another vma. */
+            most = copy.len / 2 & ~(uint64_t)(PM_PAGE_SIZE - 1);
+            continue;
+        }
+        most = done ? end - addr : most;
+        if (err == -EEXIST || err == -ENOENT)
+            done += PM_PAGE_SIZE;
+        else if (err && err != -EAGAIN)
+            return false;
+        if (!done) {
             /* The child has begun to change its memory: it waits for a reader. */
             pm_sys_read(fd, &msg, sizeof(msg));
-        } else if (err && err != -EAGAIN) {
-            return false;
         }
+        again = done ? 0 : again + 1;
+        addr += done;
+        slot += done;
     }
     return addr >= end;
 }

@@ -272,6 +272,15 @@ class TestChangesOfMemory:
         assert intact(buf)
         assert mm.stats()["device_child_lost"] == 0
 
+    def test_fork_of_a_run_in_two_vmas(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        mm.madvise(buf.addr + 5 * PAGE, buf.size - 5 * PAGE, 16)  # MADV_DONTDUMP
+        to_device(buf, vram)
+        content = pattern(PAGES).tobytes()
+        assert in_child(lambda: ctypes.string_at(buf.addr, buf.size) == content or 1 / 0) == 0
+        assert vram.used == buf.size
+        assert mm.stats()["device_child_lost"] == 0
+
     def test_fork_without_its_event(self) -> None:
         with pm.AddressSpace(disable=["event_fork"]) as mm, pm.DeviceMemory(pm.Device("d7"), pm.MiB) as vram:
             buf = patterned(mm)
