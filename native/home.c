@@ -276,10 +276,13 @@ static int fill_hole(struct pm_mm *mm, uint64_t addr)
 {
     struct uffdio_continue mapped = {.range = {addr, PM_PAGE_SIZE}};
     struct uffdio_zeropage zero = {.range = {addr, PM_PAGE_SIZE}};
-    int err;
+    int err = -EINVAL;
 
-    if (mm->devices && mm->devices->minor && pm_sys_ioctl(mm->uffd, UFFDIO_CONTINUE, &mapped) == 0)
-        return 0;
+    if (mm->devices && mm->devices->minor)
+        err = pm_sys_ioctl(mm->uffd, UFFDIO_CONTINUE, &mapped);
+    /* No file in memory, or a hole of one. Any other refusal says nothing of what is there. */
+    if (err != -EINVAL && err != -EFAULT)
+        return err;
     err = pm_sys_ioctl(mm->uffd, UFFDIO_ZEROPAGE, &zero);
     if (!err && mm->devices)
         mm->devices->stats.filled++;

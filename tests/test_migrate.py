@@ -342,6 +342,23 @@ class TestMemoryThatDoesNotMove:
         assert os.pread(fd, 1, 7 * PAGE) == pattern(PAGES)[7 * PAGE : 7 * PAGE + 1].tobytes()
         os.close(fd)
 
+    @pytest.mark.parametrize("mm", ["thread"], indirect=True)
+    @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+    @pytest.mark.parametrize("nth", range(1, 5))
+    def test_a_dropped_copy_of_a_file(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory, nth: int, number: int
+    ) -> None:
+        """What is refused for a moment is not taken for memory of zeroes."""
+        fd = os.memfd_create("pymirror-test")
+        os.write(fd, pattern(PAGES).tobytes())
+        buf = mm.mmap(PAGES * PAGE, fd=fd)
+        buf[3 * PAGE] ^= 1
+        assert to_device(buf, vram) == 1
+        mm.madvise(buf.addr + 3 * PAGE, PAGE, 4)
+        with inject("IOCTL", nth, number):
+            assert intact(buf)
+        os.close(fd)
+
     def test_shared_with_a_child(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)
         mm.mprotect(buf.addr, buf.size, 1)
