@@ -160,7 +160,10 @@ def _child(before: list[tuple[int, bytes, bool]], go: int, tell: int) -> NoRetur
     try:
         os.close(tell)
         if os.read(go, 1):
-            right = all(ctypes.string_at(addr, len(data)) == data for addr, data, _ in before)
+            wrong = [addr for addr, data, _ in before if ctypes.string_at(addr, len(data)) != data]
+            right = not wrong
+            for addr in wrong:
+                os.write(2, f"child: other bytes at {addr:#x}\n".encode())
             for addr, _, writable in before:
                 if writable:
                     ctypes.memmove(addr, MARK, len(MARK))

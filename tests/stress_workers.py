@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model import DONTNEED, FREE, NONE, PAGE, POPULATE_READ, POPULATE_WRITE, READ, REMOVE, WRITE
 from model_device import FAULT, FAULT_WRITE, IntervalDriver, Log, MirrorDriver
@@ -27,6 +27,10 @@ FIXED_NOREPLACE = 0x100022
 SCRATCH = 64 * PAGE
 SCRATCH_DATA = b"\x55" * SCRATCH
 MOVE = pm.MREMAP_MAYMOVE | pm.MREMAP_FIXED
+
+
+#: How often each is chosen, and what it does.
+Operations = dict[str, tuple[int, "Callable[[Any, Chunk], None]"]]
 
 
 class Patient:
@@ -105,19 +109,28 @@ class Worker(threading.Thread):
 class Owner(Worker):
     """Changes its own chunks, by the API or behind the library's back, and compares them each time."""
 
+    count = OPERATIONS
+
     def __init__(self, stress: Stress, name: str, chunks: list[Chunk]) -> None:
         super().__init__(stress, name)
         self.chunks = chunks
-        self.own = OwnDriver(self.mm, stress.log)
+        self.own = self.open_driver()
+
+    def open_driver(self) -> OwnDriver:
+        return OwnDriver(self.mm, self.stress.log)
+
+    def operations(self) -> Operations:
+        return OPERATIONS_BY_NAME
 
     def work(self) -> None:
-        names = [name for name in OPERATIONS_BY_NAME for _ in range(OPERATIONS_BY_NAME[name][0])]
-        for _ in range(OPERATIONS):
+        operations = self.operations()
+        names = [name for name in operations for _ in range(operations[name][0])]
+        for _ in range(self.count):
             if self.stress.stop:
                 return
             chunk, name = self.rng.choice(self.chunks), self.rng.choice(names)
             self.doing = f"{name} of {chunk}"
-            OPERATIONS_BY_NAME[name][1](self, chunk)
+            operations[name][1](self, chunk)
             self.tally[name] += 1
             self.compare(chunk)
 
@@ -350,7 +363,7 @@ def fork(owner: Owner, chunk: Chunk) -> None:
         owner.compare(one)
 
 
-OPERATIONS_BY_NAME: dict[str, tuple[int, Callable[[Owner, Chunk], None]]] = {
+OPERATIONS_BY_NAME: Operations = {
     "cpu_write": (8, cpu_write),
     "device_write": (8, device_write),
     "device_read": (6, device_read),

@@ -19,8 +19,8 @@ import pytest
 from model import READ
 from model_checks import quiet
 from model_device import Log, Recorder
-from stress_memory import Memory
-from stress_workers import PATIENCE_S, Onlooker, Owner, Scratch, Scribe, SharedDriver
+from stress_memory import Chunk, Memory
+from stress_workers import PATIENCE_S, Onlooker, Owner, Scratch, Scribe, SharedDriver, Worker
 
 import pymirror as pm
 from pymirror.replay.hugepages import overcommit
@@ -32,17 +32,23 @@ HUGE_PAGES = 64
 
 
 class Stress:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, delivery: str = "thread") -> None:
         self.seed = seed
         self.stop = False
         self.log: Log = []
-        self.mm = pm.AddressSpace()
+        self.mm = pm.AddressSpace(fault_delivery=delivery)
         self.mirror = SharedDriver(self.mm, self.log)
         Recorder(self.mm, self.log)
-        self.memory = Memory(self.mm, random.Random(f"{seed} memory"), OWNERS)
-        self.owners = [Owner(self, f"owner {i}", self.memory.chunks[i::OWNERS]) for i in range(OWNERS)]
+        self.memory = self.map_memory(random.Random(f"{seed} memory"))
+        self.owners = [self.owner(f"owner {i}", self.memory.chunks[i::OWNERS]) for i in range(OWNERS)]
         self.scratch = Scratch(self.mm, self.log)
-        self.workers = [*self.owners, Onlooker(self, "onlooker"), Scribe(self, "scribe")]
+        self.workers: list[Worker] = [*self.owners, Onlooker(self, "onlooker"), Scribe(self, "scribe")]
+
+    def map_memory(self, rng: random.Random) -> Memory:
+        return Memory(self.mm, rng, OWNERS)
+
+    def owner(self, name: str, chunks: list[Chunk]) -> Owner:
+        return Owner(self, name, chunks)
 
     def run(self) -> None:
         for worker in self.workers:
