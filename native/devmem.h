@@ -108,6 +108,8 @@ bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t
                       uint64_t *pfns);
 /* Entries of the pagemap, with resident pages as present. */
 void pm_resident_present(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *pagemap);
+/* Is each page that a pfn of device memory is for in that slot still? With the device lock held. */
+bool pm_resident_stand(struct pm_mm *mm, uint64_t start, uint64_t n, const uint64_t *pfns);
 /* Resident pages of [start, end) are read-only from here on, at home too. */
 void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end);
 

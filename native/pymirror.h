@@ -302,9 +302,9 @@ struct pm_table_stats {
 int pm_table_create(pm_table **ret);
 void pm_table_put(pm_table *table);
 /*
- * Program pfns[0..n) at start, if no invalidation overlapped sub since seq: else -EBUSY and nothing is
- * programmed. Entries without VALID are left out. Binds the table to sub's mm while it has entries: -EXDEV if
- * it is another's.
+ * Program pfns[0..n) at start, if no invalidation overlapped sub since seq and pfns of device memory are of
+ * pages that are there: else -EBUSY and nothing is programmed. Entries without VALID are left out. Binds the
+ * table to sub's mm while it has entries: -EXDEV if it is another's.
  */
 int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uint64_t n,
                  const uint64_t *pfns);

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "devmem.h"
+
 static unsigned slot_of(uint64_t addr, int level)
 {
     return (addr >> (PM_PAGE_SHIFT + level * PM_LEVEL_BITS)) & (PM_FANOUT - 1);
@@ -296,7 +298,7 @@ int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uin
             break;
         pm_point(PM_POINT_MAP_BEFORE_COMMIT);
         pm_lock(mm);
-        if (pm_sub_stale(sub, seq)) {
+        if (pm_sub_stale(sub, seq) || !pm_resident_stand(mm, start, n, pfns)) {
             err = -EBUSY;
         } else {
             stand = leaves_stand(table, start, n, pfns);

@@ -36,7 +36,8 @@ class DeviceExclusive:
     """Pages that a device has to itself, until the CPU touches them or ``release()`` gives them back.
 
     ``pfns`` are HMM pfns, uint64, one a 4 KiB page: what ``page_table.map(sub, seq, start, pfns)`` takes, 0
-    for a page that could not be had. ``held`` counts those that are the device's still. A context manager.
+    for a page that could not be had. map() refuses those that the CPU has touched since: take them again.
+    ``held`` counts those that are the device's still. A context manager.
     """
 
     def __init__(self, mm: AddressSpace, start: int, pfns: PfnArray, owner: Any) -> None:

@@ -76,7 +76,10 @@ class PageTable:
         start: int | None = None,
         pfns: PfnArray | None = None,
     ) -> bool:
-        """Program what a walk found, under the driver's lock. False: the sequence has moved, nothing is done.
+        """Program what a walk found, under the driver's lock. False: it stands no more, nothing is done.
+
+        It does not when the sequence has moved, or when a page whose pfn is of device memory has left there
+        since: then go again from the walk, or from make_device_exclusive().
 
         ``map(rng, seq)`` takes the pfns of a range; ``map(sub, seq, start, pfns)`` those of hmm_range_fault()
         under an IntervalNotifier, from `start` on, one a 4 KiB page. Pages without HMM_PFN_VALID are left

@@ -90,6 +90,18 @@ class TestExclusive:
         page.release()
         assert len(gpu.events) == 2
 
+    def test_pfns_of_what_is_over_are_refused(self, mm: pm.AddressSpace, buf: pm.Region, gpu: Gpu) -> None:
+        """Else the device's atomics would go to a slot that nobody's memory is in."""
+        page = pm.make_device_exclusive(mm, buf.addr, gpu.dev)
+        words = np.frombuffer(buf, np.uint64)
+        words[0] += 1
+        mm.sync()
+        seq = gpu.sub.read_begin()
+        with gpu.lock:
+            assert not gpu.dev.page_table.map(gpu.sub, seq, buf.addr, page.pfns)
+        assert gpu.dev.atomic_add(mm, buf.addr, 2) == 1
+        assert words[0] == 3
+
     def test_a_context_ends_it(self, mm: pm.AddressSpace, buf: pm.Region, gpu: Gpu) -> None:
         with pm.make_device_exclusive(mm, buf.addr + PAGE, gpu.dev) as page:
             assert page.held == 1
