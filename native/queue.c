@@ -9,14 +9,14 @@
  *
  * CPU faults on device memory come in storms, of one thread after the other or of one that walks through. A
  * dispatcher that woke for each would be what they wait for: it takes a processor, and each page that moves
- * then interrupts that one. So the first is told at once, and what comes in the millisecond after it
+ * then interrupts that one. So the first is told at once, and what comes in the 4 ms after it
  * together, with neighbours as one event.
  */
 #include <errno.h>
 
 #include "internal.h"
 
-static const uint64_t faults_apart_ns = 1000 * 1000;
+static const uint64_t faults_apart_ns = 4 * 1000 * 1000;
 
 static uint64_t oldest_event(const struct pm_mm *mm)
 {
