@@ -121,7 +121,8 @@ class TestMap:
                 # It was done before the change.
                 assert programming.result() is True
             mm.sync()
-        assert table.stats() == {"entries": 3, "fenced": 0, "bytes": table.stats()["bytes"]}
+        stats = table.stats()
+        assert (stats["entries"], stats["fenced"]) == (3, 0)
 
     @changes(API)
     def test_an_operation_after_it(self, mm: pm.AddressSpace, driver: Driver, change: str) -> None:
