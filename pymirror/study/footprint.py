@@ -22,10 +22,10 @@ _PFN = np.uint64((1 << 55) - 1)
 class Footprint:
     """Counts of 4 KiB pages.
 
-    ``resident``: of the memory, in RAM. ``reclaimable``: of these, not pinned, so that the kernel may write
-    them out, move or compact them. ``pinned``: held by pins of the whole address space. ``stranded``: of
-    these, no more what the CPU has at their addresses. Where PFNs cannot be seen, the page at a pinned
-    address counts as the pinned one.
+    ``resident``: of the memory, in RAM, but for the zero page. ``reclaimable``: of these, not pinned, so that
+    the kernel may write them out, move or compact them. ``pinned``: held by pins of the whole address space.
+    ``stranded``: of these, no more what the CPU has at their addresses. Where PFNs cannot be seen, the page
+    at a pinned address counts as the pinned one.
     """
 
     resident: int
@@ -37,7 +37,10 @@ class Footprint:
     def of(cls, mm: AddressSpace, addr: int, size: int) -> Footprint:
         """Of [addr, addr + size)."""
         start, end = addr // PAGE * PAGE, -(-(addr + size) // PAGE) * PAGE
-        present, _ = _pagemap(start, end)
+        present, pfns = _pagemap(start, end)
+        if zero := mm.features.zero_pfn:
+            # What was only read is no memory of the process.
+            present &= pfns != zero
         held = np.zeros(present.size, np.bool_)
         stranded = 0
         for pin in mm._pins.live():

@@ -103,8 +103,8 @@ def _says(report: Report) -> Iterable[str]:
             items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
             yield f"<p><b>{escape(workload)}</b></p><ul>{items}</ul>"
     yield (
-        f'<p class="about">Times that differ by less than {NOISE:g} times are taken for noise; such drivers'
-        " are ranked by what was counted, which is the same in every run.</p>"
+        f'<p class="about">Times that differ by less than {NOISE:g} times, or whose rounds overlap, are taken'
+        " for noise; such drivers are ranked by what was counted, which is the same in every run.</p>"
     )
 
 

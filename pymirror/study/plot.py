@@ -136,7 +136,8 @@ def _times(axes: Axes, report: Report, workload: str) -> None:
         left = [at + width for at, width in zip(left, widths, strict=True)]
         for cell, bar in zip(cells, bars, strict=True):
             bar.set_alpha(1.0 if cell.safe else 0.35)
-    slower = [cell.slowest.measured - cell.best.measured for cell in cells]
+    options = report.options
+    slower = [cell.slowest_us(options) - cell.total_us(options) for cell in cells]
     axes.errorbar(
         left,
         range(len(cells)),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The order of the drivers under one workload: by time where times tell, else by what was counted.
 
-Counts are the same in every run, times are not. So drivers whose times are within noise of each other are put
-in the order of their counts, and the ranking says so.
+Counts are the same in every run, times are not. So drivers whose times are within noise of each other, by a
+factor or because their rounds overlap, are put in the order of their counts, and the ranking says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .options import Options
 from .results import Cell
 
 #: Times that differ by less than this factor are within noise, whatever their rounds say.
-NOISE = 1.4
+NOISE = 1.8
 
 #: What a machine of our day takes, to the order of magnitude: for the order of drivers within noise alone.
 _FAULT_US, _INVALIDATION_US, _MAP_US, _PIN_US, _COPY_US = 50.0, 20.0, 0.1, 0.2, 1.0
@@ -52,11 +52,17 @@ def _groups(cells: list[Cell], options: Options) -> list[list[Cell]]:
     """Cells in the order of their times, each group within noise of its fastest."""
     groups: list[list[Cell]] = []
     for cell in cells:
-        if groups and not apart(groups[-1][0].total_us(options), cell.total_us(options)):
+        if groups and not _tell_apart(groups[-1][0], cell, options):
             groups[-1].append(cell)
         else:
             groups.append([cell])
     return groups
+
+
+def _tell_apart(faster: Cell, slower: Cell, options: Options) -> bool:
+    """Whether times put them in order: in all rounds, and by more than noise."""
+    total = slower.total_us(options)
+    return apart(faster.total_us(options), total) and faster.slowest_us(options) < total
 
 
 def apart(one: float, other: float) -> bool:

@@ -79,13 +79,13 @@ class Cell:
         """The fastest round: what else the machine does only adds to times."""
         return min(self.times, key=lambda times: times.measured)
 
-    @property
-    def slowest(self) -> Times:
-        return max(self.times, key=lambda times: times.measured)
-
     def total_us(self, options: Options) -> float:
         """Processor time of the fastest round, and the model's: microseconds an operation."""
         return self.best.measured + self.model_us(options)
+
+    def slowest_us(self, options: Options) -> float:
+        """The same of the slowest round."""
+        return max(times.measured for times in self.times) + self.model_us(options)
 
     @property
     def safe(self) -> bool:
@@ -114,7 +114,7 @@ class Cell:
                 "model": self.model_us(options),
                 "total": self.total_us(options),
                 "elapsed": self.best.elapsed,
-                "slowest": self.slowest.measured + self.model_us(options),
+                "slowest": self.slowest_us(options),
             },
         }
 

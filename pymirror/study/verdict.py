@@ -64,9 +64,11 @@ def _first(ranked: list[Ranked], options: Options, operation: str) -> Iterator[s
             f" {_by_counts(first.cell, close, options)}."
         )
     else:
-        mine, other = first.cell.total_us(options), second.cell.total_us(options)
+        mine = first.cell.total_us(options)
+        next_one = min((one.cell for one in safe[1:]), key=lambda cell: cell.total_us(options))
+        other = next_one.total_us(options)
         yield (
-            f"{first.cell.driver} is the fastest: {_us(mine)} us for {operation}. {second.cell.driver} takes"
+            f"{first.cell.driver} is the fastest: {_us(mine)} us for {operation}. {next_one.driver} takes"
             f" {other / mine:.1f} times as much ({_us(other)})."
         )
     if last.group > second.group:
