@@ -305,31 +305,17 @@ void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end)
     }
 }
 
-/* Of the pages of one leaf. */
-static bool stand_in_leaf(const uint64_t *leaf, uint64_t addr, uint64_t n, const uint64_t *pfns)
+bool pm_resident_stand(struct pm_mm *mm, uint64_t start, uint64_t n, const uint64_t *pfns)
 {
     const uint64_t both = PM_PFN_VALID | PM_PFN_DEVICE;
 
     for (uint64_t i = 0; i < n; i++) {
-        uint64_t entry = leaf ? leaf[slot_of(addr, 0) + i] : 0;
+        uint64_t word;
 
-        if ((pfns[i] & both) == both && (!entry || pm_page_down(entry) != pm_pfn_slot(pfns[i])))
-            return false;
-    }
-    return true;
-}
-
-bool pm_resident_stand(struct pm_mm *mm, uint64_t start, uint64_t n, const uint64_t *pfns)
-{
-    uint64_t end = start + (n << PM_PAGE_SHIFT), next;
-
-    for (uint64_t addr = start; addr < end; addr = next) {
-        uint64_t first = addr & ~(PM_HUGE_SIZE - 1);
-        const uint64_t *leaf = mm->devices ? pm_resident_at(mm->devices, first, false) : NULL;
-
-        next = leaf_end(addr, end);
-        if (!stand_in_leaf(leaf, addr, (next - addr) >> PM_PAGE_SHIFT,
-                           pfns + ((addr - start) >> PM_PAGE_SHIFT)))
+        if ((pfns[i] & both) != both)
+            continue;
+        word = mm->devices ? pm_resident_word(mm->devices, start + (i << PM_PAGE_SHIFT)) : 0;
+        if (!word || pm_page_down(word) != pm_pfn_slot(pfns[i]))
             return false;
     }
     return true;
