@@ -88,10 +88,26 @@ uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n)
     return block == vram->nblocks ? 0 : vram->base + block * PM_HUGE_SIZE + (place << PM_PAGE_SHIFT);
 }
 
+/* How many slots from this one on, in its block, are set aside, and not in use. */
+static uint64_t reserved_run(const struct pm_devmem *vram, uint64_t slot, uint64_t n)
+{
+    const struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+    uint64_t place = place_of(slot), run = 0;
+
+    n = block->back ? pm_min(n, PM_HUGE_PAGES - place) : 0;
+    while (run < n && block->back[place + run] == PM_RESERVED)
+        run++;
+    return run;
+}
+
 uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n)
 {
-    if (vram->aim_slot)
-        return vram->aim_slot + (addr - vram->aim_addr);
+    if (vram->aim_slot) {
+        uint64_t slot = vram->aim_slot + (addr - vram->aim_addr);
+
+        *n = reserved_run(vram, slot, *n);
+        return *n ? slot : 0;
+    }
     *n = pm_min(*n, vram->limit - vram->used);
     return *n ? pm_devmem_slots(vram, addr, *n) : 0;
 }

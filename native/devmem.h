@@ -117,7 +117,8 @@ void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end);
 struct pm_devmem *pm_devmem_of(struct pm_devices *devices, uint64_t slot);
 /* A slot for each of n pages of one 2 MiB range, in a row: the address of the first, or 0. */
 uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n);
-/* The same, or as a migration aims; 0 where there is no room. *n becomes what there is room for. */
+/* The same, or as a migration aims, at slots set aside for it; 0 where there is no room. *n becomes what
+ * there is room for. */
 uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n);
 bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
 /* So that noting pages there will not fail: 0 or -ENOMEM. Undone by the note, or by pm_devmem_unready(). */

@@ -497,7 +497,8 @@ int pm_exclusive_pfns(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *
  */
 int pm_devmem_alloc(pm_devmem *vram, uint64_t start, uint64_t n, const uint8_t *wanted, uint64_t *pfns);
 int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns);
-/* Move n pages from start on to the slots of these PFNs, 0: leave it. moved: which did. */
+/* Move n pages from start on to the slots of these PFNs, 0: leave it. moved: which did; none to a slot that
+ * is not set aside. */
 int pm_migrate_pages(pm_devmem *vram, uint64_t start, uint64_t n, const uint64_t *pfns, uint8_t *moved);
 /* All the PFNs of the memory; and the addresses of the pages that are in some of them, 0 for none. */
 int pm_devmem_range(pm_devmem *vram, uint64_t *pfn, uint64_t *n);

@@ -15,6 +15,9 @@ which the second step does: until then the CPU uses the page, and nothing that i
 from __future__ import annotations
 
 import errno
+import os
+import threading
+import warnings
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
@@ -95,7 +98,8 @@ class MigrateVma:
         self.src: PfnArray = np.zeros(self.npages, _U64)
         self.dst: PfnArray = np.zeros(self.npages, _U64)
         self.cpages = 0
-        self.finalized = False
+        self.finalized = True  # until migrate_vma_setup() has collected
+        self._thread = threading.get_ident()
         self._reserved: list[PfnArray] = []
         self._stack = ExitStack()
 
@@ -146,6 +150,13 @@ class MigrateVma:
     ) -> None:
         migrate_vma_finalize(self)
 
+    def __del__(self) -> None:
+        if self.finalized or self.mm.pid != os.getpid():
+            return
+        text = f"{self!r} was collected unfinalized: migrate_vma_finalize() it"
+        warnings.warn(text, ResourceWarning, source=self, stacklevel=2)
+        migrate_vma_finalize(self)
+
     def __repr__(self) -> str:
         state = "finalized" if self.finalized else f"{self.cpages} of {self.npages} pages"
         return f"<MigrateVma {self.start:#x}-{self.end:#x}, {state}>"
@@ -180,6 +191,7 @@ def migrate_vma_setup(
         stack.enter_context(mm._migrating(what, start, end, vram.owner))
         _collect(args, vma)
         args._stack = stack.pop_all()
+        args.finalized = False
     return args
 
 
@@ -249,8 +261,8 @@ def migrate_vma_pages(args: MigrateVma) -> int:
 
     What did not move has the bit cleared: ``dst`` was 0, or the race was lost (the page has gone, changed,
     been pinned). To the system any entry with MIGRATE_PFN_VALID asks for a page of the kernel's choice. EBUSY
-    with inline delivery as migrate_to_device(); EINVAL: finalized, or a PFN of ``dst`` that is not of the
-    memory.
+    with inline delivery as migrate_to_device(); EINVAL: finalized, or a PFN of ``dst`` that alloc_pages() has
+    not given, or that is there twice.
     """
     what = "migrate_vma_pages"
     not_in_callback(what)
@@ -274,11 +286,10 @@ def _away(args: MigrateVma, what: str, asked: Bools) -> Bools:
             check(lib.pm_migrate_to_device(args.vram._native, addr, end, moved), what, addr=addr, mm=args.mm)
         return asked & args.vram.holds(args.start, args.end)
     pfns = np.where(asked, migrate_pfn_to_pfn(args.dst), _U64(0))
-    mine = args.vram.pfns
-    wrong = (pfns != 0) & ((pfns < mine.start) | (pfns >= mine.stop))
+    wrong = (pfns != 0) & ~_chosen_well(args, pfns)
     if wrong.any():
         addr = args.start + int(np.flatnonzero(wrong)[0]) * PAGE_SIZE
-        text = f"{what}: dst is no page of {args.vram!r}"
+        text = f"{what}: dst is no page of {args.vram!r} that was given for this migration, or is twice there"
         raise error(errno.EINVAL, text, addr=addr, mm=args.mm, hint="alloc_pages() gives them")
     ret_moved = np.zeros(args.npages, np.uint8)
     ret = lib.pm_migrate_pages(
@@ -294,6 +305,14 @@ def _away(args: MigrateVma, what: str, asked: Bools) -> Bools:
     return ret_moved.astype(np.bool_)
 
 
+def _chosen_well(args: MigrateVma, pfns: PfnArray) -> Bools:
+    """Which PFNs alloc_pages() has given, each where it stands first."""
+    well: Bools = np.zeros(pfns.size, bool)
+    well[np.unique(pfns, return_index=True)[1]] = True
+    given = np.concatenate(args._reserved) if args._reserved else np.zeros(0, _U64)
+    return well & np.isin(pfns, given)
+
+
 def _home(args: MigrateVma, what: str, asked: Bools) -> Bools:
     for first, last in _runs(asked):
         moved = ffi.new("uint64_t *")
@@ -304,9 +323,20 @@ def _home(args: MigrateVma, what: str, asked: Bools) -> Bools:
 
 
 def migrate_vma_finalize(args: MigrateVma) -> None:
-    """End it: the invalidation is over, pages of the device that nothing moved to are free. Idempotent."""
+    """End it: the invalidation is over, pages of the device that nothing moved to are free. Idempotent.
+
+    EDEADLK: another thread began it, which holds the locks, and has to end it.
+    """
     if args.finalized:
         return
+    if args._thread != threading.get_ident():
+        raise error(
+            errno.EDEADLK,
+            "migrate_vma_finalize: another thread holds its locks",
+            addr=args.start,
+            mm=args.mm,
+            hint="finalize in the thread that called migrate_vma_setup(), with a with block for one",
+        )
     args.finalized = True
     try:
         for pfns in args._reserved:

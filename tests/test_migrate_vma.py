@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mirroring import PAGE
-from seams import errno_of
+from seams import Background, errno_of
 
 import pymirror as pm
 
@@ -168,6 +168,47 @@ class TestThreeSteps:
             args.dst[:] = pm.migrate_pfn(5)
             assert errno_of(pm.migrate_vma_pages, args) == errno.EINVAL
             assert errno_of(args.alloc_pages, np.ones(9, bool)) == errno.EINVAL
+
+    def test_the_driver_chooses_other_places(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        n = 1024
+        buf = mm.mmap(3 * n * PAGE)
+        np.frombuffer(buf, np.uint64)[:] = np.arange(buf.size // 8)
+        start = -(-buf.addr // pm.MiB // 2) * 2 * pm.MiB
+        with pm.migrate_vma_setup(mm, start, start + n * PAGE, vram) as args:
+            args.dst[:] = np.roll(args.alloc_pages(migrating(args)), -1)
+            assert pm.migrate_vma_pages(args) == n
+        assert vram.used == n * PAGE
+        assert intact(buf)
+
+    def test_places_that_are_others(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        there, buf = numbered(mm), numbered(mm)
+        pm.migrate_to_device(mm, there.addr, there.addr + there.size, vram)
+        used = pm.migrate_device_range(vram, vram.pfns.start, len(vram.pfns)).src
+        with setup(buf, vram) as args:
+            args.dst[:] = used[used != 0] & np.uint64(~MIGRATE & (1 << 64) - 1)
+            assert errno_of(pm.migrate_vma_pages, args) == errno.EINVAL, "in use"
+            args.dst[:] = args.alloc_pages(migrating(args))
+            args.dst[1] = args.dst[0]
+            assert errno_of(pm.migrate_vma_pages, args) == errno.EINVAL, "twice"
+        assert vram.used == there.size
+        assert intact(there)
+        assert intact(buf)
+
+    def test_one_that_was_forgotten_ends(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = numbered(mm)
+        args = setup(buf, vram)
+        args.alloc_pages(migrating(args))
+        with pytest.warns(ResourceWarning, match="unfinalized"):
+            del args
+        assert vram.used == 0
+        mm.munmap(buf.addr, buf.size)
+
+    def test_it_ends_where_it_began(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        with setup(numbered(mm), vram) as args:
+            args.alloc_pages(migrating(args))
+            assert Background(errno_of, pm.migrate_vma_finalize, args).result() == errno.EDEADLK
+            assert not args.finalized
+        assert vram.used == 0
 
     def test_memory_that_is_too_small(self, mm: pm.AddressSpace) -> None:
         buf = numbered(mm)
