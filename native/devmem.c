@@ -655,8 +655,8 @@ static int populate_slot(struct pm_mm *mm, uint64_t slot)
         return err;
     if (!(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
         return pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
-    /* The zero page: a write makes it one of its own. */
-    return pm_sys_vm_writev(zeroes, slot, 1) == 1 ? 0 : -ENOMEM;
+    /* The zero page becomes one of its own; what else is there, or swapped out, keeps what is in it. */
+    return pm_sys_madvise(slot, PM_PAGE_SIZE, PM_ABI_MADV_POPULATE_WRITE);
 }
 
 static int populate_run(struct pm_mm *mm, uint64_t slot, uint64_t n)

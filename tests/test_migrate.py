@@ -25,6 +25,7 @@ import pymirror as pm
 pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
 
 PAGES = 64
+MADV_DONTFORK, MADV_DOFORK = 10, 11
 
 
 @pytest.fixture(params=["thread", "inline"])
@@ -320,6 +321,24 @@ class TestMemoryThatDoesNotMove:
         assert vram.used == (PAGES - 1) * PAGE
         assert pm.migrate_to_system(mm, buf.addr, buf.addr + buf.size) == PAGES - 1
         assert intact(buf)
+
+    def test_populate_keeps_what_is_there(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        to_device(buf, vram)
+        # Pages that a child has too do not show as this process's own.
+        arena = ctypes.c_void_p((vram.pfns.start & ((1 << 50) - 1)) * PAGE)
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        assert madvise(arena, ctypes.c_size_t(16 * pm.MiB), MADV_DOFORK) == 0
+        go = os.pipe()
+        if (pid := os.fork()) == 0:
+            run_child(lambda: os.read(go[0], 1))
+        vram.populate(buf.addr, buf.addr + buf.size)
+        os.write(go[1], b"x")
+        assert wait_for(pid) == 0
+        assert madvise(arena, ctypes.c_size_t(16 * pm.MiB), MADV_DONTFORK) == 0
+        assert intact(buf)
+        for fd in go:
+            os.close(fd)
 
     def test_read_only_zero_pages_and_holes(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = mm.mmap(PAGES * PAGE, prot=1)
