@@ -244,9 +244,15 @@ int pm_access_span_with(struct pm_access_span *span, struct pm_access_why *fault
     if (!span->len)
         return -EFAULT;
     pm_point(PM_POINT_ACCESS_LOOKED_UP);
-    pm_devmem_fill(mm, span->at, span->len);
-    err = work(span, arg);
     pm_lock(mm);
+    /* Who waited for this may have lost patience, and the page have gone home. */
+    if (pm_devmem_is_at(mm->devices, pm_page_down(span->addr), pm_page_down(span->at))) {
+        pm_devmem_fill(mm, span->at, span->len);
+        err = work(span, arg);
+    } else {
+        fault_at(fault, pm_page_down(span->addr), pm_page_down(span->addr) + PM_PAGE_SIZE, PM_FAULT_MISSING);
+        err = -EFAULT;
+    }
     withdraw(span);
     unlock_withdrawn(span);
     return err;

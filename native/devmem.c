@@ -380,6 +380,11 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
     pm_coherent_moved(mm, from, to, len);
 }
 
+bool pm_devmem_is_at(struct pm_devices *devices, uint64_t addr, uint64_t slot)
+{
+    return devices && pm_resident(devices, addr) == slot;
+}
+
 static void fill(struct pm_mm *mm, uint64_t at, uint64_t end)
 {
     struct uffdio_zeropage zero = {.range = {at, end - at}};

@@ -136,7 +136,8 @@ void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n);
 /* ... and whose contents go. */
 void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end);
 void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len);
-/* Slots that no page was ever in become pages of zeroes: a device is about to use them. Without the lock. */
+bool pm_devmem_is_at(struct pm_devices *devices, uint64_t addr, uint64_t slot);
+/* Slots that no page was ever in become pages of zeroes: a device is about to use them. No lock is needed. */
 void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len);
 
 /* migrate.c: with watch_lock held; pages that moved, from start on */

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE
 from racing import in_child
-from seams import errno_of, foreign
+from seams import Background, errno_of, foreign, points
 
 import pymirror as pm
 
@@ -247,3 +247,16 @@ def atomic_adder(size: int) -> Iterator[Any]:
         yield ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)(addr)
     finally:
         foreign.munmap(addr, PAGE)
+
+
+def test_an_atomic_that_was_waited_for_too_long(mm: pm.AddressSpace, buf: pm.Region, gpu: Gpu) -> None:
+    words = np.frombuffer(buf, np.uint64)
+    gpu.dev.atomic_add(mm, buf.addr, 1)
+    with points("ACCESS_LOOKED_UP") as point:
+        late = Background(gpu.dev.atomic_add, mm, buf.addr, 1)
+        point.wait()
+        assert words[0] == 1
+        words[0] = 5
+        point.release()
+        assert late.result() == 5
+    assert words[0] == 6
