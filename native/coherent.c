@@ -74,6 +74,8 @@ void pm_coherent_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t le
 
         if (!note)
             return;
+        if (*note)
+            forget(devices, note);
         *note = *old;
         *old = 0;
     }

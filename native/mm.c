@@ -379,6 +379,15 @@ static int wait_for_users(struct pm_mm *mm)
     return 0;
 }
 
+/* They stay where they are, as memory of the system. */
+static void forget_coherent(struct pm_mm *mm)
+{
+    pm_lock(mm);
+    if (mm->devices)
+        pm_coherent_drop(mm, 0, PM_USER_END);
+    pm_unlock(mm);
+}
+
 /*
  * The watch descriptor is unregistered while the monitor still runs, so that no system call waits for an
  * event that nobody reads. Descriptors that a stuck call still uses are closed with the last reference.
@@ -402,6 +411,7 @@ int pm_mm_close(pm_mm *mm)
         pthread_mutex_unlock(&mm->watch_lock);
         return err;
     }
+    forget_coherent(mm);
     pm_unwatch_all(mm);
     pm_inline_leave(mm);
     pm_monitor_stop(mm);

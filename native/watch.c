@@ -417,6 +417,8 @@ int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end)
     if (!err && mm->uffd >= 0) {
         pm_lock(mm);
         pm_watch_forget(mm, start, end);
+        if (mm->devices)
+            pm_coherent_drop(mm, start, end);
         pm_unlock(mm);
         unregister(mm, start, end);
     }

@@ -172,6 +172,15 @@ def test_close_gives_all_back(mm: pm.AddressSpace, buf: pm.Region) -> None:
     assert bytes(buf[:]) == content().tobytes()
 
 
+def test_the_address_space_may_be_closed_first(mm: pm.AddressSpace, buf: pm.Region) -> None:
+    memory = pm.DeviceMemory(pm.Device("d3"), pm.MiB, kind="coherent")
+    to_device(buf, memory)
+    mm.close()
+    assert memory.used == 0
+    assert bytes(buf[:]) == content().tobytes()
+    memory.close()
+
+
 def test_a_child_reads_it(mm: pm.AddressSpace, buf: pm.Region, memory: pm.DeviceMemory) -> None:
     to_device(buf, memory)
     assert in_child(lambda: ctypes.string_at(buf.addr, buf.size) == content().tobytes() or 1 / 0) == 0
