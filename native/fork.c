@@ -16,6 +16,7 @@
 #include "devmem.h"
 
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
+static const uint64_t copy_limit_ns = 30000ULL * 1000 * 1000;
 
 /*
  * Pages in device memory are copied into the child by the monitor, while fork() goes on. What the child does
@@ -156,12 +157,21 @@ static void parent(void)
     pm_registry_unlock();
 }
 
+/* A parent outside of the child's PID namespace is 0 to it, alive or dead: it has its time. */
+static bool parent_gone(uint64_t until)
+{
+    pid_t now = getppid();
+
+    return now ? now != parent_pid : pm_now_ns() > until;
+}
+
 static void wait_until_copied(void)
 {
     static const char lost[] = "pymirror: the parent died in fork(), and memory of this child with it\n";
+    uint64_t until = pm_now_ns() + copy_limit_ns;
 
     while (copied_page && !atomic_load(copied())) {
-        if (getppid() != parent_pid) {
+        if (parent_gone(until)) {
             pm_sys_write(STDERR_FILENO, lost, sizeof(lost) - 1);
             _exit(127);
         }
