@@ -298,8 +298,14 @@ int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns)
 
 int pm_devmem_range(pm_devmem *vram, uint64_t *pfn, uint64_t *n)
 {
+    int err = pm_mm_owned(vram->mm) ? 0 : -ESRCH;
+
+    if (err)
+        return err;
+    pm_lock(vram->mm);
     *pfn = pm_slot_pfn(vram->mm->devices, vram->base);
     *n = vram->nblocks << PM_HUGE_ORDER;
+    pm_unlock(vram->mm);
     return 0;
 }
 
@@ -539,11 +545,22 @@ int pm_devmem_create(pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret)
     return err;
 }
 
+/* The first page that is in a block, 0: slots are set aside there, for pages that have not moved. */
+static uint64_t first_in(const struct pm_block *block)
+{
+    if (block->whole)
+        return block->whole;
+    for (uint64_t i = 0; block->used && i < PM_HUGE_PAGES; i++) {
+        if (block->back[i] > PM_RESERVED)
+            return block->back[i];
+    }
+    return 0;
+}
+
 int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end)
 {
     struct pm_mm *mm = vram->mm;
-    struct pm_block *oldest = NULL;
-    bool found = false;
+    uint64_t oldest = UINT64_MAX, first = 0;
     int err = pm_mm_check(mm);
 
     if (err)
@@ -556,22 +573,17 @@ int pm_devmem_next(pm_devmem *vram, uint64_t *start, uint64_t *end)
         return 0;
     }
     for (uint64_t i = 0; i < vram->nblocks; i++) {
-        struct pm_block *block = &vram->blocks[i];
+        const struct pm_block *block = &vram->blocks[i];
 
-        if (block->used && (!oldest || block->used_at < oldest->used_at))
-            oldest = block;
-    }
-    if (oldest)
-        back_of(mm->devices, oldest);
-    for (uint64_t i = 0; oldest && i < PM_HUGE_PAGES && !found; i++) {
-        if (oldest->back[i] <= PM_RESERVED)
-            continue;
-        *start = oldest->back[i];
-        *end = (*start & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE;
-        found = true;
+        if (block->used && block->used_at < oldest && first_in(block)) {
+            oldest = block->used_at;
+            first = first_in(block);
+        }
     }
     pm_unlock(mm);
-    return found ? 0 : -ENOENT;
+    *start = first;
+    *end = (first & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE;
+    return first ? 0 : -ENOENT;
 }
 
 uint64_t pm_devmem_used(pm_devmem *vram)
@@ -603,6 +615,11 @@ int pm_devmem_destroy(pm_devmem *vram)
     for (link = &mm->devices->list; *link != vram; link = &(*link)->next)
         continue;
     *link = vram->next;
+    /* Made for pages that did not move. */
+    for (uint64_t i = 0; i < vram->nblocks; i++) {
+        if (vram->blocks[i].back)
+            pm_node_free(mm->devices, vram->blocks[i].back);
+    }
     if (vram->exclusive)
         mm->devices->exclusive = NULL;
     pm_unlock(mm);

@@ -140,9 +140,12 @@ def exclusive_pfns(mm: AddressSpace, start: int, end: int) -> PfnArray:
     check_pages(mm, what, start, end)
     pfns = np.zeros((end - start) // PAGE_SIZE, np.uint64)
     arena = mm._exclusive_arena
-    if arena is not None and arena.mm is mm:
-        ret = lib.pm_exclusive_pfns(arena._native, start, end, ffi.from_buffer("uint64_t[]", pfns))
-        check(ret, what, addr=start, mm=mm)
+    if arena is None:
+        return pfns
+    with arena._pointer:
+        if arena.mm is mm:
+            ret = lib.pm_exclusive_pfns(arena._native, start, end, ffi.from_buffer("uint64_t[]", pfns))
+            check(ret, what, addr=start, mm=mm)
     return pfns
 
 
