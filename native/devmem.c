@@ -321,13 +321,8 @@ int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret)
         n > (vram->nblocks << PM_HUGE_ORDER) - ((slot - vram->base) >> PM_PAGE_SHIFT))
         return -EINVAL;
     pm_lock(mm);
-    for (uint64_t i = 0; i < n; i++, slot += PM_PAGE_SIZE) {
-        struct pm_block *block = &vram->blocks[block_of(vram, slot)];
-
-        ret[i] = back_of(mm->devices, block) ? block->back[place_of(slot)] : 0;
-        if (ret[i] == PM_RESERVED)
-            ret[i] = 0;
-    }
+    for (uint64_t i = 0; i < n; i++, slot += PM_PAGE_SIZE)
+        ret[i] = pm_devmem_back(vram, slot);
     pm_unlock(mm);
     return 0;
 }
@@ -384,6 +379,16 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
         back_of(devices, &vram->blocks[block_of(vram, slot)])[place_of(slot)] = addr - from + to;
     }
     pm_coherent_moved(mm, from, to, len);
+}
+
+uint64_t pm_devmem_back(const struct pm_devmem *vram, uint64_t slot)
+{
+    const struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+    uint64_t addr = block->back && !block->whole ? block->back[place_of(slot)] : 0;
+
+    if (block->whole)
+        return block->whole + (place_of(slot) << PM_PAGE_SHIFT);
+    return addr == PM_RESERVED ? 0 : addr;
 }
 
 bool pm_devmem_is_at(struct pm_devices *devices, uint64_t addr, uint64_t slot)

@@ -136,6 +136,8 @@ void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n);
 /* ... and whose contents go. */
 void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end);
 void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len);
+/* The address of the page that is in a slot, 0: none. */
+uint64_t pm_devmem_back(const struct pm_devmem *vram, uint64_t slot);
 bool pm_devmem_is_at(struct pm_devices *devices, uint64_t addr, uint64_t slot);
 /* Slots that no page was ever in become pages of zeroes: a device is about to use them. No lock is needed. */
 void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len);
@@ -151,15 +153,16 @@ int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len, uint64_t
 /* Take the lock at a moment at which no fork and no madvise is half done, and every event has been read. */
 int pm_lock_quiet(struct pm_mm *mm, uint64_t start, uint64_t end);
 
-/* lift.c: n pages of one 2 MiB range, as the pagemap has just shown them. */
+/* lift.c: n pages of one 2 MiB range; `copies`: of a file, and they leave only as this process's own. */
 struct pm_lift {
     uint64_t addr, n;
-    const uint64_t *seen;
+    bool copies;
     const bool *writable;
 };
 
 int pm_lift(struct pm_devmem *vram, const struct pm_lift *lift);
-bool pm_lifting(const struct pm_mm *mm, uint64_t start, uint64_t end);
+/* Whether n slots are being filled, of some of them. */
+bool pm_lifting(const struct pm_mm *mm, uint64_t slot, uint64_t n);
 struct uffd_msg;
 bool pm_lift_claims(const struct pm_mm *mm, const struct uffd_msg *msg);
 bool pm_memory_locked(void);

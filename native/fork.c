@@ -55,7 +55,7 @@ static void prepare_devices(struct pm_mm *mm)
     if (!mm->devices)
         return;
     pm_lock(mm);
-    while (pm_lifting(mm, 0, PM_USER_END)) {
+    while (mm->lift.len) {
         pm_unlock(mm);
         pm_doze();
         pm_lock(mm);

@@ -72,8 +72,6 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
     struct pm_devices *devices = mm->devices;
     int64_t total = 0, got;
 
-    if (pm_lifting(mm, start, end))
-        return -EAGAIN;
     for (uint64_t addr = start; pm_resident_next(devices, &addr, end); addr += (uint64_t)got) {
         uint64_t entry = pm_resident_word(devices, addr), slot = pm_page_down(entry);
         uint64_t limit = pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
@@ -83,8 +81,10 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
         got = PM_PAGE_SIZE;
         if (only && pm_devmem_of(devices, slot) != only)
             continue;
-        got = move_home(mm, addr, slot, pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT,
-                        wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+        got = (int64_t)(pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT);
+        if (pm_lifting(mm, slot, (uint64_t)got >> PM_PAGE_SHIFT))
+            return -EAGAIN;
+        got = move_home(mm, addr, slot, (uint64_t)got, wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
         if (got < 0 && got != -EAGAIN) {
             got = copy_home(mm, addr, slot);
             wakes = false;
@@ -418,6 +418,21 @@ static uint64_t used_run(struct pm_mm *mm, uint64_t slot, uint64_t n, uint64_t *
     return i - first;
 }
 
+/* Where the contents of *n slots are, of fewer if some are in their slots and others not yet. */
+static uint64_t contents(const struct pm_mm *mm, uint64_t slot, uint64_t *n)
+{
+    uint64_t first = mm->lift.slot, end = first + mm->lift.len;
+
+    if (!pm_lifting(mm, slot, *n))
+        return slot;
+    if (slot < first) {
+        *n = (first - slot) >> PM_PAGE_SHIFT;
+        return slot;
+    }
+    *n = pm_min(*n, (end - slot) >> PM_PAGE_SHIFT);
+    return mm->lift.area ? mm->lift.area + (slot - first) : 0;
+}
+
 void pm_home_child(struct pm_mm *mm, int child_uffd)
 {
     struct pm_devices *devices = mm->devices;
@@ -426,12 +441,13 @@ void pm_home_child(struct pm_mm *mm, int child_uffd)
         return;
     for (uint64_t addr = 0; pm_resident_next(devices, &addr, PM_USER_END);) {
         uint64_t slot = pm_resident(devices, addr), n = pm_resident_run(devices, addr, PM_USER_END), unused;
+        uint64_t from = contents(mm, slot, &n);
 
-        n = used_run(mm, slot, n, &unused);
+        /* They were at home still when the child was made. */
+        unused = n;
+        n = from ? used_run(mm, from, n, &unused) : 0;
         addr += unused << PM_PAGE_SHIFT;
-        slot += unused << PM_PAGE_SHIFT;
-        if (n &&
-            (pm_lifting(mm, addr, addr + (n << PM_PAGE_SHIFT)) || !copy_to_child(child_uffd, addr, slot, n)))
+        if (n && !copy_to_child(child_uffd, addr, from + (unused << PM_PAGE_SHIFT), n))
             devices->stats.child_lost += n;
         addr += n << PM_PAGE_SHIFT;
     }

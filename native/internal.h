@@ -243,9 +243,11 @@ struct pm_mm {
 
     struct pm_devices *devices; /* from the first device memory on; see devmem.h */
     int arena_fd;               /* the userfaultfd of arenas */
-    /* What lift.c has under way, under the device lock; `lift_back`: it goes back where it was. */
-    uint64_t lift_start, lift_end;
-    bool lift_back;
+    /* What lift.c has under way, under the device lock: `len` bytes from `addr` to `slot`, 0: nothing. They
+     * are in `area` meanwhile; [back, back_end): what goes back. */
+    struct {
+        uint64_t addr, len, slot, area, back, back_end;
+    } lift;
     uint64_t deferred[PM_DEFERRED_MAX]; /* the monitor's own: pages whose touchers wait */
     unsigned ndeferred;
 

@@ -17,17 +17,27 @@
 
 static const int lift_flags = MREMAP_MAYMOVE | MREMAP_FIXED | PM_ABI_MREMAP_DONTUNMAP;
 
-bool pm_lifting(const struct pm_mm *mm, uint64_t start, uint64_t end)
+bool pm_lifting(const struct pm_mm *mm, uint64_t slot, uint64_t n)
 {
-    return mm->lift_end && pm_overlap(start, end - 1, mm->lift_start, mm->lift_end - 1);
+    uint64_t end = slot + (n << PM_PAGE_SHIFT);
+
+    return mm->lift.len && pm_overlap(slot, end - 1, mm->lift.slot, mm->lift.slot + mm->lift.len - 1);
 }
 
+/* Others may move and unmap the same memory meanwhile: what is theirs is told. */
 bool pm_lift_claims(const struct pm_mm *mm, const struct uffd_msg *msg)
 {
+    uint64_t area = mm->lift.area, end = area + mm->lift.len;
+
+    if (!mm->lift.len || !area)
+        return false;
     if (msg->event == UFFD_EVENT_REMAP)
-        return pm_lifting(mm, msg->arg.remap.from, msg->arg.remap.from + 1) ||
-               pm_lifting(mm, msg->arg.remap.to, msg->arg.remap.to + 1);
-    return mm->lift_back && msg->event == UFFD_EVENT_UNMAP && msg->arg.remove.start == mm->lift_start;
+        return (msg->arg.remap.from == mm->lift.addr && msg->arg.remap.to == area) ||
+               (msg->arg.remap.from >= area && msg->arg.remap.from < end);
+    if (msg->event != UFFD_EVENT_UNMAP)
+        return false;
+    return (msg->arg.remove.start >= area && msg->arg.remove.end <= end) ||
+           (msg->arg.remove.start == mm->lift.back && msg->arg.remove.end == mm->lift.back_end);
 }
 
 /* mremap would take the lock from a vma that is locked, and nothing tells which one that is. */
@@ -48,13 +58,16 @@ static bool is_copied(const struct pm_mm *mm, uint64_t entry)
 {
     uint64_t zero = mm->features.zero_pfn;
 
+    if (entry & PM_ABI_PAGEMAP_SWAPPED)
+        return true;
     return (entry & PM_ABI_PAGEMAP_PRESENT) && !(zero && (entry & PM_ABI_PAGEMAP_PFN_MASK) == zero);
 }
 
-/* The pages that are there: `seen` is from before they were taken out. */
-static int copy_pages(struct pm_mm *mm, uint64_t to, uint64_t from, uint64_t n, const uint64_t *seen)
+/* The pages that are there, now that nobody can change them. */
+static int copy_pages(struct pm_mm *mm, uint64_t to, uint64_t from, uint64_t n)
 {
-    int err = 0;
+    uint64_t seen[PM_HUGE_PAGES];
+    int err = pm_pagemap_read(mm, from, n, seen);
 
     for (uint64_t i = 0, run; !err && i < n; i += run) {
         struct uffdio_copy copy = {.dst = to + (i << PM_PAGE_SHIFT), .src = from + (i << PM_PAGE_SHIFT)};
@@ -80,13 +93,6 @@ static int reserve(uint64_t addr, uint64_t len, uint64_t *area, uint64_t *to)
     return err;
 }
 
-static void set_lift(struct pm_mm *mm, uint64_t start, uint64_t end, bool back)
-{
-    mm->lift_start = start;
-    mm->lift_end = end;
-    mm->lift_back = back;
-}
-
 /* Not registered any more, the area goes without an event. */
 static void drop_area(struct pm_mm *mm, uint64_t area, uint64_t to, uint64_t len)
 {
@@ -94,61 +100,130 @@ static void drop_area(struct pm_mm *mm, uint64_t area, uint64_t to, uint64_t len
     pm_sys_munmap(area, len + PM_HUGE_SIZE);
 }
 
-static int carry(struct pm_mm *mm, const struct pm_lift *lift, uint64_t slot)
+/* From the i-th page on: how many belong to addresses in a row, or to none any more. */
+static uint64_t back_run(struct pm_devmem *vram, uint64_t i, uint64_t *addr)
 {
-    uint64_t len = lift->n << PM_PAGE_SHIFT, area, to, back;
-    int err = reserve(lift->addr, len, &area, &to);
+    struct pm_mm *mm = vram->mm;
+    uint64_t n = mm->lift.len >> PM_PAGE_SHIFT, slot = mm->lift.slot, run = 1;
 
+    pm_lock(mm);
+    *addr = pm_devmem_back(vram, slot + (i << PM_PAGE_SHIFT));
+    while (i + run < n && pm_devmem_back(vram, slot + ((i + run) << PM_PAGE_SHIFT)) ==
+                              (*addr ? *addr + (run << PM_PAGE_SHIFT) : 0))
+        run++;
+    mm->lift.back = *addr;
+    mm->lift.back_end = *addr + (run << PM_PAGE_SHIFT);
+    pm_unlock(mm);
+    return run;
+}
+
+/* To where they belong by now. */
+static void put_back(struct pm_devmem *vram, uint64_t to)
+{
+    uint64_t n = vram->mm->lift.len >> PM_PAGE_SHIFT, addr, ret;
+
+    for (uint64_t i = 0, run; i < n; i += run) {
+        run = back_run(vram, i, &addr);
+        if (addr)
+            pm_sys_mremap(to + (i << PM_PAGE_SHIFT), run << PM_PAGE_SHIFT, run << PM_PAGE_SHIFT,
+                          MREMAP_MAYMOVE | MREMAP_FIXED, addr, &ret);
+    }
+}
+
+static int carry(struct pm_devmem *vram, uint64_t addr, uint64_t len, uint64_t to)
+{
+    struct pm_mm *mm = vram->mm;
+    uint64_t ret;
+    int err;
+
+    pm_lock(mm);
+    mm->lift.area = to;
+    pm_unlock(mm);
+    err = pm_sys_mremap(addr, len, len, lift_flags, to, &ret);
+    pm_point(PM_POINT_LIFT);
     if (err)
         return err;
-    err = pm_sys_mremap(lift->addr, len, len, lift_flags, to, &back);
-    if (!err) {
-        err = copy_pages(mm, slot, to, lift->n, lift->seen);
-        if (err) {
-            pm_lock(mm);
-            set_lift(mm, lift->addr, lift->addr + len, true);
-            pm_unlock(mm);
-            pm_sys_mremap(to, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, lift->addr, &back);
-            pm_sys_madvise(slot, len, MADV_DONTNEED);
-        }
-    }
-    drop_area(mm, area, to, len);
+    err = copy_pages(mm, mm->lift.slot, to, len >> PM_PAGE_SHIFT);
+    if (err)
+        put_back(vram, to);
     return err;
 }
 
-static bool any_present(const struct pm_lift *lift)
+/* With the lock held, as the pages are noted already, or about to be: -EAGAIN if one is not what it was. */
+static int look(struct pm_mm *mm, const struct pm_lift *lift, bool *any)
 {
-    for (uint64_t i = 0; i < lift->n; i++) {
-        if (lift->seen[i] & PM_ABI_PAGEMAP_PRESENT)
-            return true;
+    uint64_t seen[PM_HUGE_PAGES];
+    int err = pm_pagemap_read(mm, lift->addr, lift->n, seen);
+
+    *any = false;
+    for (uint64_t i = 0; !err && i < lift->n; i++) {
+        bool copy = (seen[i] & PM_ABI_PAGEMAP_PRESENT) && !(seen[i] & PM_ABI_PAGEMAP_FILE);
+
+        *any |= (seen[i] & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)) != 0;
+        err = lift->copies && !copy ? -EAGAIN : 0;
     }
-    return false;
+    return err;
+}
+
+static int begin(struct pm_devmem *vram, const struct pm_lift *lift, bool *any)
+{
+    struct pm_mm *mm = vram->mm;
+    uint64_t len = lift->n << PM_PAGE_SHIFT, room = lift->n, slot;
+    int err = pm_lock_quiet(mm, lift->addr, lift->addr + len);
+
+    if (err)
+        return err;
+    err = look(mm, lift, any);
+    slot = err ? 0 : pm_devmem_room(vram, lift->addr, &room);
+    if (!err)
+        err = slot && room == lift->n ? pm_devmem_note(vram, lift->addr, slot, lift->n, lift->writable)
+                                      : -ENOSPC;
+    if (!err) {
+        mm->lift.addr = lift->addr;
+        mm->lift.len = len;
+        mm->lift.slot = slot;
+    }
+    pm_unlock(mm);
+    return err;
+}
+
+/* Slots whose pages went while they were filled are emptied; after an error all are. */
+static void end(struct pm_devmem *vram, int err)
+{
+    struct pm_mm *mm = vram->mm;
+
+    pm_lock(mm);
+    for (uint64_t slot = mm->lift.slot; slot < mm->lift.slot + mm->lift.len; slot += PM_PAGE_SIZE) {
+        uint64_t addr = pm_devmem_back(vram, slot);
+
+        if (addr && !err)
+            continue;
+        pm_sys_madvise(slot, PM_PAGE_SIZE, MADV_DONTNEED);
+        if (addr)
+            pm_devmem_forget(mm, addr, 1);
+    }
+    if (!err)
+        mm->devices->stats.to_device += mm->lift.len >> PM_PAGE_SHIFT;
+    memset(&mm->lift, 0, sizeof(mm->lift));
+    pm_unlock(mm);
 }
 
 int pm_lift(struct pm_devmem *vram, const struct pm_lift *lift)
 {
     struct pm_mm *mm = vram->mm;
-    uint64_t end = lift->addr + (lift->n << PM_PAGE_SHIFT), room = lift->n, slot;
-    int err = pm_lock_quiet(mm, lift->addr, end);
+    uint64_t len = lift->n << PM_PAGE_SHIFT, area = 0, to = 0;
+    bool any;
+    int err = begin(vram, lift, &any);
 
     if (err)
         return err;
-    slot = pm_devmem_room(vram, lift->addr, &room);
-    err = slot && room == lift->n ? pm_devmem_note(vram, lift->addr, slot, lift->n, lift->writable) : -ENOSPC;
-    if (!err)
-        set_lift(mm, lift->addr, end, false);
-    pm_unlock(mm);
-    if (err)
-        return err;
-    if (any_present(lift))
-        err = carry(mm, lift, slot);
-    pm_lock(mm);
-    set_lift(mm, 0, 0, false);
-    if (err)
-        pm_devmem_forget(mm, lift->addr, lift->n);
-    else
-        mm->devices->stats.to_device += lift->n;
-    pm_unlock(mm);
-    pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){lift->addr, end - lift->addr});
+    if (any)
+        err = reserve(lift->addr, len, &area, &to);
+    if (any && !err)
+        err = carry(vram, lift->addr, len, to);
+    end(vram, err);
+    if (area)
+        drop_area(mm, area, to, len);
+    pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){lift->addr, len});
     return err;
 }

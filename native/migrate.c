@@ -308,7 +308,7 @@ static int lift_range(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t
         if (!n || set_missing(vram->mm, vma, addr, addr + (n << PM_PAGE_SHIFT)))
             return 0;
         at += (addr - from) >> PM_PAGE_SHIFT;
-        err = pm_lift(vram, &(struct pm_lift){addr, n, at, writable + (at - seen)});
+        err = pm_lift(vram, &(struct pm_lift){addr, n, vma->flags & PM_VMA_FILE, writable + (at - seen)});
         *moved += err ? 0 : n;
         addr += n << PM_PAGE_SHIFT;
         /* What the kernel refuses stays. */

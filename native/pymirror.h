@@ -874,6 +874,7 @@ enum pm_point {
     PM_POINT_PIN_PINNED,    /* pinned, the page table is not looked at again yet */
     PM_POINT_PIN_PIECE,     /* a piece of an access through a pin is about to be copied; no lock is held */
     PM_POINT_INLINE_FAULT,  /* in the handler of SIGBUS, the device lock is not taken yet */
+    PM_POINT_LIFT, /* read-only pages have been taken out, and are not in their slots yet; no lock is held */
     PM_POINT_COUNT
 };
 

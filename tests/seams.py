@@ -105,6 +105,10 @@ class Background(Generic[T]):
             self._error = error
 
     @property
+    def tid(self) -> int:
+        return self._thread.native_id or 0
+
+    @property
     def done(self) -> bool:
         return not self._thread.is_alive()
 
