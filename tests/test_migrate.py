@@ -622,3 +622,22 @@ class TestEnds:
         )
         done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_child_in_a_pid_namespace_of_its_own() -> None:
+    """Its parent has no number there, and is alive all the same."""
+    program = (
+        "import ctypes, os\n"
+        "import numpy as np, pymirror as pm\n"
+        "with pm.AddressSpace() as mm, pm.DeviceMemory(pm.Device('d'), 64 * pm.MiB) as vram:\n"
+        "    buf = mm.mmap(64 * pm.MiB)\n"
+        "    np.frombuffer(buf, np.uint8)[:] = 7\n"
+        "    pm.migrate_to_device(mm, buf.addr, buf.addr + buf.size, vram)\n"
+        "    assert ctypes.CDLL(None).unshare(0x20000000) == 0\n"
+        "    if (pid := os.fork()) == 0:\n"
+        "        os._exit(ctypes.string_at(buf.addr + buf.size - 1, 1)[0])\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
