@@ -305,18 +305,16 @@ static bool defer(struct pm_mm *mm, uint64_t addr)
         return true;
     if (mm->ndeferred == PM_DEFERRED_MAX)
         return false;
-    mm->deferred[mm->ndeferred++] = addr;
+    mm->deferred[mm->ndeferred++] = (struct pm_deferred){addr, until};
     return true;
 }
 
-int pm_home_fault(struct pm_mm *mm, uint64_t addr)
+static int serve(struct pm_mm *mm, uint64_t addr)
 {
     uint64_t start = addr, end = addr + PM_PAGE_SIZE;
     bool there = resident(mm, addr), fill = !there;
     int64_t err = 0;
 
-    if (there && defer(mm, addr))
-        return -EAGAIN;
     if (there) {
         span_around(mm, addr, &start, &end);
         mm->devices->met_holes = false;
@@ -332,11 +330,15 @@ int pm_home_fault(struct pm_mm *mm, uint64_t addr)
     return err < 0 ? (int)err : 0;
 }
 
-static uint64_t due_at(struct pm_mm *mm, uint64_t addr)
+int pm_home_fault(struct pm_mm *mm, uint64_t addr)
 {
-    return mm->devices && pm_resident(mm->devices, addr)
-               ? pm_devmem_until(mm->devices, pm_resident(mm->devices, addr))
-               : 0;
+    return resident(mm, addr) && defer(mm, addr) ? -EAGAIN : serve(mm, addr);
+}
+
+/* Not later than was told at first: others that come to the same 2 MiB have theirs to stay longer. */
+static bool is_due(struct pm_mm *mm, const struct pm_deferred *deferred)
+{
+    return !resident(mm, deferred->addr) || deferred->until_ns <= pm_now_ns();
 }
 
 int pm_home_deferred_ms(struct pm_mm *mm)
@@ -347,24 +349,28 @@ int pm_home_deferred_ms(struct pm_mm *mm)
         return -1;
     pm_lock(mm);
     for (unsigned i = 0; i < mm->ndeferred; i++)
-        first = pm_min(first, due_at(mm, mm->deferred[i]));
+        first = pm_min(first, is_due(mm, &mm->deferred[i]) ? 0 : mm->deferred[i].until_ns);
     pm_unlock(mm);
     return first > now ? (int)pm_min(1000, (first - now) / 1000000 + 1) : 0;
 }
 
 void pm_home_deferred(struct pm_mm *mm)
 {
-    uint64_t addrs[PM_DEFERRED_MAX];
     unsigned n = mm->ndeferred;
 
     if (!n)
         return;
-    memcpy(addrs, mm->deferred, n * sizeof(addrs[0]));
     pm_lock(mm);
     pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     mm->ndeferred = 0;
-    for (unsigned i = 0; i < n; i++)
-        pm_home_fault(mm, addrs[i]);
+    for (unsigned i = 0; i < n; i++) {
+        struct pm_deferred deferred = mm->deferred[i];
+
+        if (is_due(mm, &deferred))
+            serve(mm, deferred.addr);
+        else
+            mm->deferred[mm->ndeferred++] = deferred;
+    }
     pm_status_update(mm);
     pm_unlock(mm);
 }

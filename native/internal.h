@@ -248,7 +248,9 @@ struct pm_mm {
     struct {
         uint64_t addr, len, slot, area, back, back_end;
     } lift;
-    uint64_t deferred[PM_DEFERRED_MAX]; /* the monitor's own: pages whose touchers wait */
+    struct pm_deferred {
+        uint64_t addr, until_ns;
+    } deferred[PM_DEFERRED_MAX]; /* the monitor's own: pages whose touchers wait, and how long at most */
     unsigned ndeferred;
 
     pthread_mutex_t watch_lock;     /* orders watch and unwatch; never taken by the monitor */

@@ -279,6 +279,23 @@ class TestTimeslice:
             assert time.monotonic() - began < 1
             assert intact(buf)
 
+    def test_neighbours_that_come_do_not_lengthen_it(self) -> None:
+        with pm.AddressSpace() as mm, pm.DeviceMemory(pm.Device("d7"), 4 * pm.MiB, timeslice=0.05) as vram:
+            buf = mm.mmap(4 * pm.MiB)
+            start = -(-buf.addr // (2 * pm.MiB)) * 2 * pm.MiB
+            pm.migrate_to_device(mm, start, start + PAGE, vram)
+            memcmp = ctypes.CDLL(None).memcmp
+            memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+            touch = Background(memcmp, start, start, 8)
+            for page in range(1, 512):
+                addr = start + page * PAGE
+                pm.migrate_to_device(mm, addr, addr + PAGE, vram)
+                time.sleep(0.01)
+                if touch.done:
+                    break
+            assert touch.done, "as long as they came"
+            touch.result()
+
     def test_more_touchers_than_can_wait(self, mm: pm.AddressSpace) -> None:
         with pm.DeviceMemory(pm.Device("d5"), pm.MiB, timeslice=0.05) as vram:
             buf = numbered(mm, 100)
