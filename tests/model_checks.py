@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Container, Iterable
@@ -173,6 +174,9 @@ class Checks:
     def read(self, start: int, size: int) -> bytes:
         """What memory holds, also where the CPU may not read; an error where nothing is mapped."""
         data = os.pread(self._memory, size, start)
+        while len(data) < size and fault_in(start + len(data)):
+            # A hole that is filled at a touch: a look from outside does not wait for that.
+            data += os.pread(self._memory, size - len(data), start + len(data))
         assert len(data) == size, f"memory ends at {start + len(data):#x}"
         return data
 
@@ -213,3 +217,15 @@ def quiet(mm: pm.AddressSpace) -> dict[str, Any]:
 
 def text(pages: Iterable[int]) -> str:
     return ", ".join(f"[{start:#x}, {end:#x})" for start, end in merged(pages))
+
+
+def fault_in(addr: int) -> bool:
+    """Have a system call read the byte at addr: whether it could."""
+    read, write = os.pipe()
+    try:
+        return os.write(write, (ctypes.c_char * 1).from_address(addr)) == 1
+    except OSError:
+        return False
+    finally:
+        os.close(read)
+        os.close(write)
