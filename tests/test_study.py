@@ -194,6 +194,7 @@ def test_tables_and_sentences() -> None:
         f"pinned is wrong here: {MALLOCS - 1} of {MALLOCS} reads gave the device stale bytes" in done.stdout
     )
     assert "again: pymirror study" in done.stdout
+    assert "…" not in done.stdout
 
 
 def test_svg_is_a_format_too(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from pymirror.study.tables import COLUMNS, LEGEND, row
 from pymirror.study.verdict import verdict
 from pymirror.study.workloads import WORKLOADS
 
-_WIDTH = 132
+_WIDEST = 1000
 
 
 class StudyCommand:
@@ -163,13 +163,14 @@ def _writable(path: str) -> None:
 def _text(report: Report) -> str:
     """In one piece: rich answers a closed pipe with an exit of its own."""
     out = console()
-    # Where it is narrower, a terminal breaks lines; a table that is cut is of no use.
-    out.width = max(out.width, _WIDTH)
     with out.capture() as capture:
         for workload in WORKLOADS:
             if workload.name in report.workloads:
-                title = f"[bold]{workload.name}[/bold]: {workload.about}"
-                out.print(title, _table(report, workload.name), highlight=False)
+                table = _table(report, workload.name)
+                # Where it is narrower, a terminal breaks lines; a table whose figures are cut is of no use.
+                needed = table.__rich_measure__(out, out.options.update(max_width=_WIDEST)).maximum
+                out.width = max(out.width, needed)
+                out.print(f"[bold]{workload.name}[/bold]: {workload.about}", table, highlight=False)
         out.print(f"[dim]{LEGEND}[/dim]\n", soft_wrap=True)
         for cell in report.cells:
             if cell.left_out is not None:
