@@ -360,14 +360,18 @@ bool pm_is_interval(uint64_t start, uint64_t end)
     return start % PM_PAGE_SIZE == 0 && end % PM_PAGE_SIZE == 0 && start < end && end <= PM_USER_END;
 }
 
-/* Pages from addr on, to slots in a row. */
+/* Pages from addr on, to slots in a row. Where memory has gone meanwhile the others move all the same. */
 static void move_to(struct pm_devmem *vram, uint64_t addr, uint64_t n, uint64_t slot)
 {
-    uint64_t moved = 0;
+    uint64_t end = addr + (n << PM_PAGE_SHIFT), moved = 0;
+    struct pm_vma vma;
 
     vram->aim_addr = addr;
     vram->aim_slot = slot;
-    pm_move_out(vram, addr, addr + (n << PM_PAGE_SHIFT), &moved);
+    while (addr < end && pm_vma_query(vram->mm, addr, &vma) == 0 && vma.start < end) {
+        pm_move_out(vram, pm_max(addr, vma.start), pm_min(end, vma.end), &moved);
+        addr = vma.end;
+    }
     vram->aim_slot = 0;
 }
 

@@ -186,6 +186,12 @@ def not_under_driver_lock(what: str) -> None:
     )
 
 
+_ENDS = {
+    "read_lock": "leave the read_lock() block first",
+    "migrate_vma_setup": "migrate_vma_finalize() first, or do it in another thread",
+}
+
+
 class MmapLock:
     """The mm's read/write lock (mmap_lock), killed at teardown: from then on every acquire is ESRCH.
 
@@ -197,6 +203,7 @@ class MmapLock:
         renew_in_child(self)
         self._readers: dict[int, int] = {}
         self._since_ns: dict[int, int] = {}
+        self._taken_by: dict[int, str] = {}
         self._writer: int | None = None
         self._waiting_writers = 0
         self._dead = False
@@ -236,10 +243,11 @@ class MmapLock:
         not_under_driver_lock(what)
         me = threading.get_ident()
         if me in self._readers:
+            taken_by = self._taken_by.get(me, "read_lock")
             raise MirrorError(
                 errno.EDEADLK,
-                f"{what}: this thread holds read_lock()",
-                hint="leave the read_lock() block first",
+                f"{what}: this thread holds the mmap lock for reading, by {taken_by}()",
+                hint=_ENDS.get(taken_by, f"let {taken_by}() finish first"),
             )
         if self._writer == me:
             raise MirrorError(
@@ -280,6 +288,7 @@ class MmapLock:
             if me not in self._readers:
                 self._wait(what, timeout, lambda: self._writer is None and not self._waiting_writers)
                 self._since_ns[me] = time.monotonic_ns()
+                self._taken_by[me] = what
             self._readers[me] = self._readers.get(me, 0) + 1
 
     def _release_read(self, before: int) -> None:
@@ -291,6 +300,7 @@ class MmapLock:
                 return
             self._readers.pop(me, None)
             self._since_ns.pop(me, None)
+            self._taken_by.pop(me, None)
             self._cond.notify_all()
 
     def _acquire_write(self, what: str, timeout: float | None) -> None:

@@ -259,10 +259,12 @@ def _elsewhere(args: MigrateVma) -> Bools:
 def migrate_vma_pages(args: MigrateVma) -> int:
     """Move the pages that have MIGRATE_PFN_MIGRATE in ``src`` to what ``dst`` has for them; gives how many.
 
-    What did not move has the bit cleared: ``dst`` was 0, or the race was lost (the page has gone, changed,
-    been pinned). To the system any entry with MIGRATE_PFN_VALID asks for a page of the kernel's choice. EBUSY
-    with inline delivery as migrate_to_device(); EINVAL: finalized, or a PFN of ``dst`` that alloc_pages() has
-    not given, or that is there twice.
+    What did not move has the bit cleared: ``dst`` was 0, or the race was lost (the page has been pinned or
+    locked, went elsewhere, or its vma has gone or cannot be read any more). A page that was discarded
+    meanwhile (MADV_DONTNEED) moves as one that was never touched. To the system any entry with
+    MIGRATE_PFN_VALID asks for a page of the kernel's choice. EBUSY with inline delivery
+    as migrate_to_device(); EINVAL: finalized, or a PFN of ``dst`` that alloc_pages() has not given, or that
+    is there twice.
     """
     what = "migrate_vma_pages"
     not_in_callback(what)

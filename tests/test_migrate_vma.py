@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mirroring import PAGE
-from seams import Background, errno_of
+from seams import Background, errno_of, foreign
 
 import pymirror as pm
 
@@ -88,6 +89,32 @@ class TestThreeSteps:
             assert np.flatnonzero(~migrating(args)).tolist() == [3, 4]
         assert vram.used == (PAGES - 2) * PAGE
         assert intact(buf)
+
+    @pytest.mark.parametrize("race", ["munmap", "mprotect"])
+    def test_a_page_that_has_gone_is_the_only_one_lost(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory, race: str
+    ) -> None:
+        buf = numbered(mm)
+        gone = buf.addr + 3 * PAGE
+        with setup(buf, vram) as args:
+            args.dst[:] = args.alloc_pages(migrating(args))
+            if race == "munmap":
+                foreign.munmap(gone, PAGE)
+            else:
+                foreign.mprotect(gone, PAGE, 0)
+            assert pm.migrate_vma_pages(args) == PAGES - 1
+            assert np.flatnonzero(~migrating(args)).tolist() == [3]
+        assert vram.used == (PAGES - 1) * PAGE
+        words = np.frombuffer(buf, np.uint64)[4 * PAGE // 8 :]
+        assert (words == np.arange(4 * PAGE // 8, PAGES * PAGE // 8)).all()
+
+    def test_the_thread_that_migrates_is_told_what_to_finish(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory
+    ) -> None:
+        buf = numbered(mm)
+        with setup(buf, vram), pytest.raises(pm.MirrorError, match=r"by migrate_vma_setup\(\)") as failed:
+            mm.madvise(buf.addr, PAGE, mmap.MADV_DONTNEED)
+        assert (failed.value.errno, failed.value.hint[:22]) == (errno.EDEADLK, "migrate_vma_finalize()")
 
     def test_what_the_cpu_writes_before_the_move_goes_with_it(
         self, mm: pm.AddressSpace, vram: pm.DeviceMemory
