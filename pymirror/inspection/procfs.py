@@ -145,7 +145,7 @@ def process(pid: int) -> Process:
             raise MirrorError(
                 errno.ENOENT, "inspect: /proc is not mounted here", hint="sudo mount -t proc proc /proc"
             )
-        raise MirrorError(errno.ESRCH, f"inspect: there is no process {pid}", hint="ps -ef | grep python")
+        raise MirrorError(errno.ESRCH, f"there is no process {pid}", hint="ps -ef | grep python")
     status = fields(text)
     if status.get("State", "?")[0] in "ZX":
         raise MirrorError(
