@@ -207,7 +207,8 @@ class Checks:
 def quiet(mm: pm.AddressSpace) -> dict[str, Any]:
     """The stats, once nothing runs any more: a REMOVE goes on for 10 ms after its madvise() has returned."""
     until = time.monotonic() + QUIET_S
-    while (stats := mm.stats())["active"] and time.monotonic() < until:
+    busy = ("active", "queue_depth", "callbacks_running")
+    while any((stats := mm.stats())[name] for name in busy) and time.monotonic() < until:
         time.sleep(0.0005)
     assert stats["active"] == 0, mm.dump()
     assert stats["invalidate_seq"] % 2 == 0, str(stats)
