@@ -226,8 +226,11 @@ class DeviceMemory:
                 ret = lib.pm_migrate_to_system(mm.native, *span, self._native, moved)
             check(ret, "DeviceMemory.close", addr=span[0], mm=mm)
         with self._pointer:
-            check(lib.pm_devmem_destroy(self._native), "DeviceMemory.close")
-            self._native, self._mm = ffi.NULL, None
+            # Before it is gone: Ctrl-C may strike right after the call.
+            native, self._native, self._mm = self._native, ffi.NULL, None
+            if ret := lib.pm_devmem_destroy(native):
+                self._native, self._mm = native, mm
+            check(ret, "DeviceMemory.close")
         mm._device_memory.discard(self)
 
     def _leave_closed(self) -> None:

@@ -64,7 +64,7 @@ def pin_pages(mm: AddressSpace, what: str, start: int, npages: int) -> tuple[Any
 def _leave_coherent(mm: AddressSpace, start: int, end: int) -> None:
     """FOLL_LONGTERM: pages of device-coherent memory become system memory first, as in the kernel."""
     for vram in list(mm._device_memory):
-        if vram.kind == "coherent":
+        if vram.kind == "coherent" and vram.mm is mm:
             migrate_to_system(mm, start, end, vram)
 
 

@@ -60,6 +60,11 @@ class PlaceDriver(OwnDriver):
         pfns = np.zeros((end - start) // PAGE, np.uint64)
         seq = sub.read_begin(timeout=PATIENCE_S)
         pm.hmm_range_fault(sub, start, end, pfns, default_flags=flags, seq=seq, dev_private_owner=self.owner)
+        # As the kernel's it gives own pages as they are, and a fork has made them read-only.
+        readonly = pm.is_device_private_pfn(pfns) & ((pfns & np.uint64(pm.HMM_PFN_WRITE)) == 0)
+        if flags & pm.HMM_PFN_REQ_WRITE and readonly.any():
+            pm.migrate_to_system(self.mm, start, end)
+            raise pm.MirrorError(errno.EAGAIN, "brought home to be written")
         return seq, pfns
 
     def serve(self, fault: pm.DeviceFault) -> None:
