@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seams import needs
 
 import pymirror as pm
 from benchmarks import cases, floors
@@ -38,6 +39,8 @@ def results(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, ob
 def test_a_benchmark_runs_and_gives_sane_figures(
     name: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
+    if name.startswith(("fault-back", "migrate")):
+        needs("uffd_kernel", "move")
     if "hugetlb" in name:
         request.getfixturevalue("hugepages")
     (result,) = results(capsys, name)
