@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,9 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    with pm.AddressSpace() as mm, NamedTemporaryFile() as file:
+    # What an ordinary user can have on a device.
+    delivery = "thread" if os.geteuid() == 0 else "inline"
+    with pm.AddressSpace(fault_delivery=delivery) as mm, NamedTemporaryFile() as file:
         # Closed: there is one at a time, but tests have several worlds.
         with pm.Trace(file.name) as trace:
             pass
