@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,11 @@ REQUIRE_ALL = os.environ.get("PYMIRROR_REQUIRE_ALL") == "1"
 NOT_HERE = "not on this kernel"
 CAP_SYS_ADMIN = 21
 HUGE_PAGES = 64
+
+# Matplotlib says on stderr that it has no home to keep its cache in, as an ordinary user of CI has none.
+os.environ.setdefault(
+    "MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), f"pymirror-matplotlib-{os.getuid()}")
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
