@@ -203,15 +203,16 @@ class DeviceMemory:
                 hint="bring them home first, or use device memory of its own for each",
             )
         self._leave()
-        made = ffi.new("pm_devmem **")
+        # It destroys what Ctrl-C does not let get any further.
+        made = ffi.gc(ffi.new("pm_devmem **"), _destroy)
         check(self._create(mm, made), what, hint="free memory, or ulimit -v")
         if self.kind == "coherent" and (ret := lib.pm_devmem_coherent(made[0])):
-            lib.pm_devmem_destroy(made[0])
+            ffi.release(made)
             check(ret, what, hint="fewer coherent memories of one address space")
-        self._native, self._mm = made[0], mm
-        check(lib.pm_devmem_timeslice(self._native, int(self.timeslice * 1e9)), what)
-        check(lib.pm_devmem_fault_around(self._native, self.fault_around), what)
+        check(lib.pm_devmem_timeslice(made[0], int(self.timeslice * 1e9)), what)
+        check(lib.pm_devmem_fault_around(made[0], self.fault_around), what)
         mm._device_memory.add(self)
+        self._native, self._mm, made[0] = made[0], mm, ffi.NULL
 
     def _create(self, mm: AddressSpace, made: Any) -> int:
         return int(lib.pm_devmem_create(mm.native, self.size, id(self.owner), made))
@@ -245,6 +246,11 @@ class DeviceMemory:
             return None
         check(ret, "DeviceMemory")
         return span[0], span[1]
+
+
+def _destroy(made: Any, null: Any = ffi.NULL, destroy: Any = lib.pm_devmem_destroy) -> None:
+    if made[0] != null:
+        destroy(made[0])
 
 
 def _einval(wrong: str, hint: str, what: str = "DeviceMemory") -> MirrorError:
