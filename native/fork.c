@@ -31,18 +31,30 @@ static atomic_uint *copied(void)
     return (atomic_uint *)(uintptr_t)copied_page;
 }
 
-static void open_piece(struct pm_mm *mm, uint64_t start, uint64_t end)
+static void open_piece(struct pm_mm *mm, enum pm_event_type type, uint64_t start, uint64_t end)
 {
     struct pm_inv *inv = &mm->fork_inv[mm->fork_pieces];
-    struct pm_event event = {.start = start, .end = end, .type = PM_PROTECTION_PAGE, .guarantee = PM_BEFORE};
+    struct pm_event event = {.start = start, .end = end, .type = type, .guarantee = PM_BEFORE};
 
     if (start == end && start)
         return;
     mm->fork_pieces++;
     memset(inv, 0, sizeof(*inv));
-    event.seq = pm_inv_open(mm, inv, start, pm_last(end), PM_PROTECTION_PAGE, PM_BEFORE);
+    event.seq = pm_inv_open(mm, inv, start, pm_last(end), (int)type, PM_BEFORE);
     event.when_ns = inv->since_ns;
     pm_queue_push(mm, &event);
+    mm->stats.events[type] += type != PM_PROTECTION_PAGE;
+}
+
+/* Without the kernel's message nobody could copy: all comes home, and its drivers know of no other reason. */
+static void leave_devices(struct pm_mm *mm)
+{
+    uint64_t moved = 0;
+
+    pm_lock(mm);
+    open_piece(mm, PM_MIGRATE, 0, 0);
+    pm_unlock(mm);
+    pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
 }
 
 /* Nothing leaves any more: fork_tid is set. */
@@ -66,9 +78,8 @@ static void prepare_devices(struct pm_mm *mm)
         return;
     if (!copied_page && pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
         pm_sys_mmap(0, PM_PAGE_SIZE, PROT_READ | PROT_WRITE, flags, -1, 0, &copied_page);
-    /* Without the kernel's message nobody could copy. */
     if (!copied_page || !pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
-        pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
+        leave_devices(mm);
     else if (mm->devices->exclusive)
         pm_home_all(mm, 0, PM_USER_END, mm->devices->exclusive, &moved);
     pm_lock(mm);
@@ -78,18 +89,19 @@ static void prepare_devices(struct pm_mm *mm)
 
 static void prepare_mm(struct pm_mm *mm)
 {
-    struct pm_watch_range shared[PM_FORK_PIECES - 1];
+    /* One piece more than these, and one for what leaves devices. */
+    struct pm_watch_range shared[PM_FORK_PIECES - 2];
     uint32_t n;
 
     /* Until the fork is over, so that a close waits for it. */
     if (pm_mm_enter(mm))
         return;
-    n = pm_watch_shared(mm, shared, PM_FORK_PIECES - 1);
+    n = pm_watch_shared(mm, shared, PM_FORK_PIECES - 2);
     pm_lock(mm);
     mm->fork_tid = pm_gettid();
     mm->fork_pieces = 0;
     for (uint32_t i = 0; i <= n; i++)
-        open_piece(mm, i ? shared[i - 1].end : 0, i < n ? shared[i].start : 0);
+        open_piece(mm, PM_PROTECTION_PAGE, i ? shared[i - 1].end : 0, i < n ? shared[i].start : 0);
     mm->stats.events[PM_PROTECTION_PAGE]++;
     pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     pm_unlock(mm);

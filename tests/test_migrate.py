@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE
 from racing import in_child, run_child, wait_for
-from seams import errno_of, inject
+from seams import WAIT_S, errno_of, inject
 
 import pymirror as pm
 
@@ -289,6 +289,24 @@ class TestChangesOfMemory:
             content = pattern(PAGES).tobytes()
             assert in_child(lambda: ctypes.string_at(buf.addr, buf.size) == content or 1 / 0) == 0
             assert vram.used == 0, "nobody could copy: they come home first"
+
+    def test_drivers_learn_that_pages_left_for_a_fork(self) -> None:
+        seen: list[pm.MmuNotifierRange] = []
+        with pm.AddressSpace(disable=["event_fork"]) as mm, pm.DeviceMemory(pm.Device("d7"), pm.MiB) as vram:
+            buf = patterned(mm)
+            to_device(buf, vram)
+
+            def invalidate(sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, seq: int) -> bool:
+                sub.set_seq(seq)
+                seen.append(update)
+                return True
+
+            sub = pm.IntervalNotifier(mm, buf.addr, buf.size, invalidate)
+            assert in_child(lambda: None) == 0
+            mm.sync(WAIT_S)
+            sub.remove()
+            assert pm.Event.MIGRATE in [update.event for update in seen]
+            assert mm.stats()["events"]["MIGRATE"] >= 1
 
     def test_a_child_of_a_child(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)
