@@ -136,8 +136,9 @@ def test_a_study_can_be_traced(runs: list[Json]) -> None:
         "range faults",
         "DMA maps",
         "pins",
-        "retries",
     }
+    # What makes svm retry, a fork's write protection, an ordinary user's kernel does not tell of.
+    assert "retries" in found or not any(cell["counts"]["retries"] for cell in runs[1]["cells"])
 
 
 class Page(HTMLParser):

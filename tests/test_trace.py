@@ -251,7 +251,7 @@ def test_threads_have_rows_of_their_own(mm: pm.AddressSpace, path: Path) -> None
 
 @pytest.mark.parametrize(
     "command",
-    [("replay", str(GOLDEN), "--show", "p1"), ("demo", "--size", "32M", "--seconds", "0.2")],
+    [("replay", str(GOLDEN), "--show", "p3"), ("demo", "--size", "32M", "--seconds", "0.2")],
     ids=lambda command: command[0],
 )
 def test_of_a_command(command: tuple[str, ...], path: Path) -> None:
