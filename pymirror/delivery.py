@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import trace
 from .callback import Callback, current
 from .errors import MirrorError
-from .event import MmuNotifierRange
+from .event import Event, MmuNotifierRange
 from .lock import callback_scope
 
 if TYPE_CHECKING:
@@ -133,8 +133,12 @@ class Delivery:
             self.blocked = True
         elif result is False:
             self._report(callback, errno.EAGAIN, "returned False, but the range is blockable", _WAIT)
-        elif not callback.acked:
+        elif not callback.acked and not self._migrates():
             self._report(callback, errno.EINVAL, f"returned without set_seq({self.range.seq})", _SET_SEQ)
+
+    def _migrates(self) -> bool:
+        """A driver that takes it for its own may ignore it, and drivers of the kernel do, without set_seq."""
+        return self.range.owner is not None and self.range.event in (Event.MIGRATE, Event.EXCLUSIVE)
 
     def _invoke(self, callback: Callback, function: Callable[..., Any], *args: Any) -> Any:
         outer = current.callback

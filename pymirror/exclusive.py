@@ -87,10 +87,11 @@ class DeviceExclusive:
 def make_device_exclusive(mm: AddressSpace, addr: int, owner: Any) -> DeviceExclusive:
     """Take one page, at ``addr``, away from the CPU for the device that ``owner`` names, a Device for one.
 
-    It is faulted for writing first. Event EXCLUSIVE with ``owner`` goes to the notifiers before. EFAULT: a
-    hole, or memory that may not be written. EBUSY: the page cannot be had: it is pinned, or of shared memory
-    or a file. EINVAL; ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock();
-    EOPNOTSUPP.
+    It is faulted for writing first. Event EXCLUSIVE with ``owner`` goes to the notifiers before; what that
+    owner has already stays its own, and nobody is told: a driver may call it between read_begin() and
+    read_retry(), which are void for that one time. EFAULT: a hole, or memory that may not be written. EBUSY:
+    the page cannot be had: it is pinned, or of shared memory or a file. EINVAL; ENOMEM; ESRCH; EDEADLK in a
+    callback, under a driver lock and under read_lock(); EOPNOTSUPP.
     """
     page = make_device_exclusive_range(mm, addr, addr + PAGE_SIZE, owner)
     if page.pfns[0]:
@@ -112,6 +113,9 @@ def make_device_exclusive_range(mm: AddressSpace, start: int, end: int, owner: A
     what = "make_device_exclusive"
     check_migration(mm, what, start, end)
     arena = _arena_of(mm, what)
+    pfns = exclusive_pfns(mm, start, end)
+    if pfns.all() and arena.is_owner(owner, pfns):
+        return DeviceExclusive(mm, start, pfns, owner)
     watch_movable(mm, start, end)
     pfns = np.zeros((end - start) // PAGE_SIZE, np.uint64)
     last = ffi.new("uint64_t *", end)
@@ -121,6 +125,7 @@ def make_device_exclusive_range(mm: AddressSpace, start: int, end: int, owner: A
             buffer = ffi.from_buffer("uint64_t[]", pfns)
             with mm._migrating(what, start, int(last[0]), owner, Event.EXCLUSIVE):
                 ret = lib.pm_exclusive(native, start, last[0], buffer)
+                arena.set_owner(owner, pfns)
     if ret in (-errno.EINVAL, -errno.ENOMEM):
         ret = -errno.EFAULT
     if ret == -errno.EBUSY and not pfns.any():
@@ -149,22 +154,32 @@ def exclusive_pfns(mm: AddressSpace, start: int, end: int) -> PfnArray:
     return pfns
 
 
-def _arena_of(mm: AddressSpace, what: str) -> DeviceMemory:
+def _arena_of(mm: AddressSpace, what: str) -> ExclusiveArena:
     with _making:
         if mm._exclusive_arena is None:
             for feature in NEEDS[mm.fault_delivery]:
                 mm.features.require(feature, what)
-            mm._exclusive_arena = _Arena()
+            mm._exclusive_arena = ExclusiveArena()
         return mm._exclusive_arena
 
 
-class _Arena(DeviceMemory):
-    """Where pages are while a device has them to itself: no device's memory, and of no owner."""
+class ExclusiveArena(DeviceMemory):
+    """Where pages are while a device has them to itself: no device's memory. Each page has its owner."""
 
     _event = Event.EXCLUSIVE
 
     def __init__(self) -> None:
         super().__init__(None, _ARENA_SIZE)
+        # By slot, so that it is of this stay of the page, and bounded by how many there ever were at once.
+        self._owners: dict[int, Any] = {}
+
+    def is_owner(self, owner: Any, pfns: PfnArray) -> bool:
+        """Whether all these pages are in here for ``owner``."""
+        return all(pfn in self._owners and self._owners[pfn] is owner for pfn in pfns.tolist())
+
+    def set_owner(self, owner: Any, pfns: PfnArray) -> None:
+        """For whom these pages came; a pfn of 0 is of one that did not."""
+        self._owners.update(dict.fromkeys(pfns[pfns != 0].tolist(), owner))
 
     def _create(self, mm: AddressSpace, made: Any) -> int:
         return int(lib.pm_exclusive_create(mm.native, self.size, made))

@@ -24,6 +24,7 @@ from .vma import Vma, find_vma, walk_vmas
 
 if TYPE_CHECKING:
     from .device_memory import DeviceMemory
+    from .exclusive import ExclusiveArena
     from .mm import AddressSpace
     from .notifier import NotifierSet
 
@@ -42,7 +43,7 @@ class MmBase:
     _adoptions: Adoptions
     _pins: PinRegistry
     _device_memory: set[DeviceMemory]
-    _exclusive_arena: DeviceMemory | None
+    _exclusive_arena: ExclusiveArena | None
     _closed: bool = True  # until it is open
     _closing: bool
 

@@ -79,6 +79,59 @@ def gpu(mm: pm.AddressSpace, buf: pm.Region) -> Iterator[Gpu]:
     gpu.close()
 
 
+class KernelsOrder(Gpu):
+    """The sequence is read first, and the driver's own event is ignored, as nouveau_atomic_range_fault()
+    does.
+    """
+
+    tries = 0
+
+    def _invalidate(self, sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, seq: int) -> bool:
+        if update.event is pm.Event.EXCLUSIVE and update.owner is self.dev:
+            return True
+        return super()._invalidate(sub, update, seq)
+
+    def _fault(self, fault: pm.DeviceFault) -> None:
+        while True:
+            self.tries += 1
+            seq = self.sub.read_begin()
+            page = pm.make_device_exclusive(self.mm, fault.addr, self.dev)
+            with self.lock:
+                if not self.sub.read_retry(seq) and self.dev.page_table.map(
+                    self.sub, seq, fault.addr, page.pfns
+                ):
+                    return
+
+
+class TestTheKernelsOrder:
+    @pytest.fixture
+    def gpu(self, mm: pm.AddressSpace, buf: pm.Region) -> Iterator[KernelsOrder]:
+        gpu = KernelsOrder(mm, buf.addr, buf.size)
+        yield gpu
+        gpu.close()
+
+    def test_the_second_try_finds_the_page_its_own(
+        self, mm: pm.AddressSpace, buf: pm.Region, gpu: KernelsOrder
+    ) -> None:
+        assert gpu.dev.atomic_add(mm, buf.addr + 8, 4) == 1
+        assert (gpu.tries, gpu.events, list(mm.errors)) == (2, [], [])
+
+    def test_another_owner_is_told_of(self, mm: pm.AddressSpace, buf: pm.Region, gpu: KernelsOrder) -> None:
+        pm.make_device_exclusive(mm, buf.addr, gpu.dev)
+        other = pm.Device("other")
+        pm.make_device_exclusive(mm, buf.addr, other)
+        assert (pm.Event.EXCLUSIVE, other) in gpu.events
+        pm.make_device_exclusive(mm, buf.addr, other)
+        assert gpu.events.count((pm.Event.EXCLUSIVE, other)) == 1
+
+    def test_the_next_stay_is_told_of(self, mm: pm.AddressSpace, buf: pm.Region) -> None:
+        gpu = Gpu(mm, buf.addr, buf.size)
+        for _ in range(2):
+            pm.make_device_exclusive(mm, buf.addr, gpu.dev).release()
+        gpu.close()
+        assert gpu.events == [(pm.Event.EXCLUSIVE, gpu.dev)] * 4
+
+
 class TestExclusive:
     def test_a_touch_ends_it(self, mm: pm.AddressSpace, buf: pm.Region, gpu: Gpu) -> None:
         page = pm.make_device_exclusive(mm, buf.addr, gpu.dev)
