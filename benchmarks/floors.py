@@ -48,7 +48,8 @@ def timed() -> ctypes.CDLL:
     """The loops of timed.c. What they return is 64 bits wide, addresses are ints."""
     library = ctypes.CDLL(str(_compile(ROOT / "benchmarks" / "timed.c", "timed.so", "-shared", "-fPIC")))
     word = ctypes.c_uint64
-    for name, arguments in (("touches", 3), ("copy", 4), ("removes", 2), ("writes", 2), ("churn", 1)):
+    loops = {"touches": 3, "copy": 4, "removes": 2, "writes": 2, "churn": 1, "check": 3}
+    for name, arguments in loops.items():
         function = getattr(library, f"timed_{name}")
         function.restype, function.argtypes = word, [word] * arguments
     return library

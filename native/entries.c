@@ -121,10 +121,11 @@ INLINE uint64_t request(uint64_t pfn, uint64_t mask, uint64_t flags)
     return asked & PM_PFN_VALID ? asked & (PM_PFN_VALID | PM_PFN_WRITE) : 0;
 }
 
-/* Only the bits that count are compared: pages that differ there may want the same still. */
+/* Only the bits that count are compared, and none where the flags ask for all: pages that differ there may
+ * want the same still. */
 INLINE bool same_requests(const uint64_t *p, uint64_t n, uint64_t mask, uint64_t flags, uint64_t *ret)
 {
-    uint64_t bits = mask & (PM_PFN_VALID | PM_PFN_WRITE), off, i = 0;
+    uint64_t bits = mask & ~flags & (PM_PFN_VALID | PM_PFN_WRITE), off, i = 0;
     vec differ = {0};
 
     *ret = request(p[0], mask, flags);

@@ -250,7 +250,7 @@ def test_a_floor_is_a_program_of_less_than_sixty_lines(name: str) -> None:
 
 def test_a_floor_that_did_not_do_its_work_is_an_error() -> None:
     with (
-        floors.floor("pagemap_read", 16 * PAGE, work=17) as bare,
+        floors.floor("populate_read", 16 * PAGE, work=17) as bare,
         pytest.raises(floors.FloorError, match="16 of 17"),
     ):
         bare()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 
 import pymirror as pm
-from benchmarks.floors import floor
+from benchmarks.floors import floor, timed
 from benchmarks.memory import (
     HUGE_PAGE,
     PAGE,
     VALID_WRITE,
+    Aligned,
     Pages,
     expect,
     huge_pages,
@@ -25,13 +26,16 @@ from benchmarks.memory import (
 )
 from benchmarks.registry import Scale, Side, Sides, benchmark
 
-#: What pagemap_read.c calls the kinds of pages.
-THP, HUGETLB = 1, 2
-
 PM_PRESENT = 1 << 63
 PM_EXCLUSIVE = 1 << 56
 PM_FILE = 1 << 61
 PM_PFN_MASK = (1 << 55) - 1
+
+
+def pagemap_read(memory: Aligned) -> AbstractContextManager[Side]:
+    """The floor of a warm fault of this memory."""
+    size = memory.end - memory.start
+    return floor("pagemap_read", os.getpid(), memory.start, size, work=size // PAGE)
 
 
 def timed_fault(rng: pm.Range) -> float:
@@ -41,7 +45,8 @@ def timed_fault(rng: pm.Range) -> float:
 
 
 def expect_writable(pfns: np.ndarray, npages: int) -> None:
-    writable = np.count_nonzero((pfns & VALID_WRITE) == VALID_WRITE)
+    """In C: what numpy would do here with arrays of its own drives struct pages out of the cache."""
+    writable = timed().timed_check(pfns.ctypes.data, pfns.size, int(VALID_WRITE))
     expect(writable == npages, f"{writable} of {npages} pages are valid and writable")
 
 
@@ -52,8 +57,8 @@ def fault_warm(scale: Scale) -> Iterator[Sides]:
     size = scale.size(64 * pm.MiB)
     npages = size // PAGE
     with (
-        floor("pagemap_read", size, work=npages) as bare,
         mirrored(size) as (memory, rng),
+        pagemap_read(memory) as bare,
         open("/proc/self/pagemap", "rb", buffering=0) as pagemap,
     ):
 
@@ -100,15 +105,10 @@ def by_loop(data: bytes) -> list[int]:
 
 
 @contextmanager
-def warm(
-    size: int, kind: int = 0, pages: Pages = small_pages, disable: tuple[str, ...] = ()
-) -> Iterator[Sides]:
-    """Present memory, of the floor's kind of pages; ours may go without features."""
+def warm(size: int, pages: Pages = small_pages, disable: tuple[str, ...] = ()) -> Iterator[Sides]:
+    """Present memory; ours may go without features."""
     npages = size // PAGE
-    with (
-        mirrored(size, pages, disable) as (_, rng),
-        floor("pagemap_read", size, kind, work=npages) as bare,
-    ):
+    with mirrored(size, pages, disable) as (memory, rng), pagemap_read(memory) as bare:
 
         def ours() -> float:
             ns = timed_fault(rng)
@@ -138,7 +138,7 @@ def presence_warm(scale: Scale) -> Iterator[Sides]:
 @contextmanager
 def fault_warm_huge(scale: Scale) -> Iterator[Sides]:
     """fault-warm of transparent huge pages, with PFNs; against a pread of the same memory's pagemap."""
-    with warm(scale.size(64 * pm.MiB, multiple=HUGE_PAGE), THP, huge_pages) as sides:
+    with warm(scale.size(64 * pm.MiB, multiple=HUGE_PAGE), huge_pages) as sides:
         yield sides
 
 
@@ -146,7 +146,7 @@ def fault_warm_huge(scale: Scale) -> Iterator[Sides]:
 @contextmanager
 def fault_warm_hugetlb(scale: Scale) -> Iterator[Sides]:
     """fault-warm of hugetlb pages, with PFNs; against a pread of the same memory's pagemap."""
-    with warm(scale.size(64 * pm.MiB, multiple=HUGE_PAGE), HUGETLB, hugetlb_pages) as sides:
+    with warm(scale.size(64 * pm.MiB, multiple=HUGE_PAGE), hugetlb_pages) as sides:
         yield sides
 
 

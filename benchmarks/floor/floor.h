@@ -39,21 +39,12 @@ static inline char *map_small(size_t size)
     return at;
 }
 
-enum { SMALL, THP, HUGETLB };
-
-/* The same, in pages of this kind. */
-static inline char *map_pages(size_t size, unsigned long kind)
+/* The same, in huge pages or not. */
+static inline char *map_pages(size_t size, int huge)
 {
-    const int hugetlb = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB;
-    char *at;
+    char *at = map_small(size);
 
-    if (kind == HUGETLB) {
-        at = mmap(NULL, size, PROT_READ | PROT_WRITE, hugetlb, -1, 0);
-        must(at == MAP_FAILED ? -1 : 0, "mmap of hugetlb");
-        return at;
-    }
-    at = map_small(size);
-    must(madvise(at, size, kind == THP ? MADV_HUGEPAGE : MADV_NOHUGEPAGE), "madvise");
+    must(madvise(at, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE), "madvise");
     return at;
 }
 

@@ -43,8 +43,8 @@ int main(int argc, char **argv)
     size = argc > 3 ? strtoul(argv[1], NULL, 0) : 0;
     huge = argc > 3 && strtoul(argv[2], NULL, 0);
     ways = argc > 3 ? strtoul(argv[3], NULL, 0) : 0;
-    memory = map_pages(size, huge ? THP : SMALL);
-    arena = map_pages(size, huge ? THP : SMALL);
+    memory = map_pages(size, huge);
+    arena = map_pages(size, huge);
     entries = calloc(size / PAGE, sizeof(*entries));
     memset(memory, 1, size);
     pagemap = (int)must(open("/proc/self/pagemap", O_RDONLY), "pagemap");

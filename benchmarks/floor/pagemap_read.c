@@ -1,21 +1,18 @@
 /* SPDX-License-Identifier: MIT */
-/* pagemap_read.c - the floor of a warm fault: one pread of the pagemap over BYTES of present memory, of 4 KiB
- * pages (KIND 0, the default), huge pages (1) or hugetlb (2). */
+/* pagemap_read.c - the floor of a warm fault: one pread of the pagemap of process PID over BYTES of memory at
+ * ADDR: of the very pages that our side has faulted, since what a read costs depends on where they lie. */
 #include <fcntl.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "floor.h"
 
-static size_t size;
-static char *memory;
-static uint64_t *entries;
+static uint64_t memory, size, *entries;
 static int pagemap;
 
 static uint64_t round_of(uint64_t *done)
 {
     size_t len = size / PAGE * sizeof(*entries);
-    off_t at = (uintptr_t)memory / PAGE * sizeof(*entries);
+    off_t at = (off_t)(memory / PAGE * sizeof(*entries));
     uint64_t start = now(), ns;
 
     if (pread(pagemap, entries, len, at) != (ssize_t)len)
@@ -28,10 +25,14 @@ static uint64_t round_of(uint64_t *done)
 
 int main(int argc, char **argv)
 {
-    size = argc > 1 ? strtoul(argv[1], NULL, 0) : 0;
-    memory = map_pages(size, argc > 2 ? strtoul(argv[2], NULL, 0) : SMALL);
-    memset(memory, 1, size);
+    char path[64];
+
+    if (argc < 4)
+        return 1;
+    snprintf(path, sizeof(path), "/proc/%s/pagemap", argv[1]);
+    memory = strtoull(argv[2], NULL, 0);
+    size = strtoull(argv[3], NULL, 0);
     entries = calloc(size / PAGE, sizeof(*entries));
-    pagemap = (int)must(open("/proc/self/pagemap", O_RDONLY), "pagemap");
+    pagemap = (int)must(open(path, O_RDONLY), path);
     return entries ? serve(round_of) : 1;
 }
