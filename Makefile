@@ -20,7 +20,7 @@ else ifeq ($(wildcard $(SHIM)),)
 $(BUILT): FORCE
 endif
 
-.PHONY: build test demo lint format check-native bench clean help FORCE
+.PHONY: build test demo lint format check-native wheel check-wheel bench clean help FORCE
 .DEFAULT_GOAL := build
 
 build: $(BUILT) ## compile the shim and install pymirror into .venv, editable
@@ -46,6 +46,16 @@ format: build $(LINTERS) ## put the layout of Python and C files right
 
 check-native: ## C tests: plain, with ASan and UBSan, with TSan
 	@$(MAKE) -s -C native check
+
+# What an earlier version left in build/lib would be in the wheel.
+wheel: build ## an abi3 wheel for this machine's libc, in dist/
+	@mkdir -p build && exec 9>build/.lock && flock 9 && \
+	rm -rf build/lib* build/bdist* build/temp* dist/*.whl && \
+	$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
+
+check-wheel: wheel ## the wheel in a virtual environment of its own, without a compiler
+	@sh tests/check_wheel.sh dist/*.whl
 
 bench: build ## the benchmarks; BENCH_ARGS= adds options
 	@$(BIN)/pymirror bench $(BENCH_ARGS)
