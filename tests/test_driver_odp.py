@@ -6,6 +6,7 @@ import errno
 import json
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -332,6 +333,9 @@ class TestImplicit:
         mr = self.region(odp)
         assert errno_of(odp.read, mr.rkey, PAGE, 8) == errno.EFAULT
         assert errno_of(odp.read, mr.rkey, 1 << 47, 8) == errno.EFAULT
+        buf = filled(odp.mm, 1)
+        odp.read(mr.rkey, buf.addr, 8)
+        assert [umem.start // CHUNK for umem in mr.children] == [buf.addr // CHUNK]
         odp.dereg_mr(mr)
         assert errno_of(odp.read, mr.rkey, PAGE, 8) == errno.EINVAL
         assert odp.mm.stats()["interval_notifiers"] == 0
@@ -473,6 +477,59 @@ class TestRaces:
             odp.dereg_mr(mr)
             point.release()
             assert errno_of(read.result) in (errno.EINVAL, errno.ESRCH)
+
+    @pytest.mark.parametrize("implicit", [False, True])
+    def test_no_address_is_anothers_while_an_access_goes_to_it(
+        self, odp: Odp, monkeypatch: pytest.MonkeyPatch, implicit: bool
+    ) -> None:
+        buf = filled(odp.mm, 4)
+        mr = odp.reg_user_mr(0, U64_MAX, ALL) if implicit else whole(odp, buf)
+        odp.read(mr.rkey, buf.addr, 4)
+        translated, go = threading.Event(), threading.Event()
+        dma_read_into = odp.device.dma_read_into
+
+        def late(daddr: int, memory: memoryview) -> None:
+            translated.set()
+            assert go.wait(10)
+            dma_read_into(daddr, memory)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(odp.device, "dma_read_into", late)
+            read = Background(odp.read, mr.rkey, buf.addr, 4)
+            assert translated.wait(10)
+            dereg = Background(odp.dereg_mr, mr)
+            assert dereg.stays()
+            go.set()
+            assert read.result() == bytes(as_bytes(buf)[:4])
+            dereg.result()
+        assert errno_of(odp.read, mr.rkey, buf.addr, 4) == errno.EINVAL
+
+    @pytest.mark.parametrize("implicit", [False, True])
+    def test_a_callback_cannot_deregister_and_nothing_is_changed(self, odp: Odp, implicit: bool) -> None:
+        buf, other = filled(odp.mm, 4), filled(odp.mm, 4)
+        mr = odp.reg_user_mr(0, U64_MAX, ALL) if implicit else whole(odp, buf)
+        odp.read(mr.rkey, buf.addr, 4)
+        refused: list[int] = []
+
+        def callback(sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, seq: int) -> bool:
+            sub.set_seq(seq)
+            refused.append(errno_of(odp.dereg_mr, mr))
+            return True
+
+        sub = pm.IntervalNotifier(odp.mm, other.addr, other.size, callback)
+        invalidate(odp.mm, other.addr)
+        sub.remove()
+        assert refused == [errno.EDEADLK]
+        assert odp.read(mr.rkey, buf.addr, 4) == bytes(as_bytes(buf)[:4])
+        assert errno_of(odp.dereg_mr, mr) == 0
+
+    def test_a_region_of_another_device(self, odp: Odp) -> None:
+        buf = filled(odp.mm, 4)
+        with Odp(odp.mm, "mlx5_1") as another:
+            theirs, ours = whole(another, buf), whole(odp, buf)
+            assert theirs.lkey == ours.lkey
+            assert errno_of(odp.dereg_mr, theirs) == errno.EINVAL
+            assert odp.read(ours.rkey, buf.addr, 4) == bytes(as_bytes(buf)[:4])
 
     def test_memory_that_is_invalidated_for_ever(self, mm: pm.AddressSpace) -> None:
         with Odp(mm, timeout=0.05) as odp:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..callback import may_wait
 from ..device import Device
 from ..errors import MirrorError, error
 from ..walk import PAGE_SHIFT, USER_END
@@ -154,9 +155,20 @@ class Odp:
         return mr
 
     def dereg_mr(self, mr: OdpMr) -> None:
-        """ibv_dereg_mr(): the keys name nothing from here on. Idempotent. EDEADLK in a callback."""
+        """ibv_dereg_mr(): the keys name nothing from here on. Idempotent.
+
+        EINVAL: another device's region. EDEADLK in a callback and under a driver lock.
+        """
+        may_wait("dereg_mr")
+        if mr.odp is not self:
+            raise _einval(f"{mr!r} is of another device", "deregister it where it was registered")
         self._mrs.pop(mr.lkey, None)
-        mr.release()
+        try:
+            mr.release()
+        except BaseException:
+            # Ctrl-C: close() has to find it.
+            self._mrs[mr.lkey] = mr
+            raise
 
     def advise_mr(self, advice: int, sg_list: Sequence[IbSge], *, flush: bool = True) -> int:
         """ibv_advise_mr(): prefetch, and wait for it. Returns the pages that were mapped.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..callback import may_wait
 from ..errors import error
 from ..walk import PAGE_SHIFT, USER_END
 from .counts import take
@@ -85,6 +86,7 @@ class ImplicitMr(OdpMr):
 
     @contextmanager
     def umem_at(self, addr: int) -> Iterator[UmemOdp]:
+        may_wait("odp: access to an implicit region")
         self._reap()
         index = addr // self.odp.imr_chunk
         with self._lock:
@@ -97,19 +99,24 @@ class ImplicitMr(OdpMr):
         finally:
             with self._lock:
                 umem.users -= 1
+                if not umem.users and not umem.npages:
+                    # There was nothing to map, or it went while it was in use.
+                    self._empty.append(umem)
 
     def release(self) -> None:
         with self._lock:
             self._released = True
-            children = [*self._children.values()]
+            self._dying.extend(self._children.values())
             self._children.clear()
-        for umem in children:
-            umem.release()
+        while self._dying:
+            self._dying[-1].release()
+            self._dying.pop()
 
     def _get(self) -> None:
         self._lock = threading.Lock()
         self._children: dict[int, UmemOdp] = {}
         self._empty: deque[UmemOdp] = deque()
+        self._dying: list[UmemOdp] = []
         self._released = False
 
     def _child(self, index: int) -> UmemOdp:
@@ -129,4 +136,9 @@ class ImplicitMr(OdpMr):
                 if umem.users or umem.npages or self._children.get(index) is not umem:
                     continue
                 del self._children[index]
-            umem.release()
+            try:
+                umem.release()
+            except BaseException:
+                # Ctrl-C: release() has to find it.
+                self._dying.append(umem)
+                raise

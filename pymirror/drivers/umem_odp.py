@@ -8,13 +8,16 @@ are the concern of odp.py.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import trace
+from ..callback import may_wait
 from ..dma.direction import DMA_MAPPING_ERROR
 from ..dma.engine import IommuFaultError, StaleDmaError
 from ..errors import error
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
 ODP_READ_ALLOWED = 1 << 0
 ODP_WRITE_ALLOWED = 1 << 1
 ODP_DMA_ADDR_MASK = ~0xFFF & (1 << 64) - 1
+#: Seconds, of the order that an access takes.
+_ACCESS_S = 0.001
 
 
 @dataclass
@@ -109,6 +114,8 @@ class UmemOdp:
         self.umem_mutex = DriverLock("umem_odp->umem_mutex")
         self.retry = RangeRetry(self.umem_mutex, timeout=timeout, stats=retries)
         self._emptied = emptied
+        # Threads in access(), by ident; single operations only.
+        self._accessing: set[int] = set()
         self._map: HmmDmaMap | None = None
         self.notifier = IntervalNotifier(
             mm, start, end - start, self._invalidate, update_lock=self.umem_mutex
@@ -120,9 +127,16 @@ class UmemOdp:
             raise
 
     def release(self) -> None:
-        """ib_umem_odp_release(): off the device, no callback any more, IOVAs back. Idempotent."""
+        """ib_umem_odp_release(): off the device, no callback any more, IOVAs back. Idempotent.
+
+        Waits for accesses that have translated an address: its IOVA is another region's soon. EDEADLK in a
+        callback and under a driver lock.
+        """
+        may_wait("odp: release")
         with self.umem_mutex:
             self.dying = True
+        while self._accessing - {get_ident()}:
+            time.sleep(_ACCESS_S)
         self.notifier.remove()
         with self.umem_mutex:
             self._unmap(self.start, self.end)
@@ -170,10 +184,12 @@ class UmemOdp:
 
     def access(self, addr: int, memory: memoryview, write: bool) -> bool:
         """The device's copy of [addr, addr + len(memory)); False where it met a page fault."""
-        segments = self._translate(addr, len(memory), write)
-        if segments is None:
-            return False
         try:
+            self._accessing.add(get_ident())
+            # After that: either release() waits for this access, or its end is seen here.
+            segments = None if self.dying else self._translate(addr, len(memory), write)
+            if segments is None:
+                return False
             for daddr, n in segments:
                 if write:
                     self.device.dma_write(daddr, memory[:n])
@@ -184,6 +200,8 @@ class UmemOdp:
             raise
         except IommuFaultError:
             return False
+        finally:
+            self._accessing.discard(get_ident())
         return True
 
     def _translate(self, addr: int, n: int, write: bool) -> Segments | None:
