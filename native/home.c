@@ -396,12 +396,10 @@ static bool copy_to_child(int fd, uint64_t addr, uint64_t slot, uint64_t n)
         most = done ? end - addr : most;
         if (err == -EEXIST || err == -ENOENT)
             done += PM_PAGE_SIZE;
-        else if (err == -ENOMEM && !done)
-            pm_doze(); /* there may be memory in a moment */
         else if (err == -EAGAIN && !done)
             pm_sys_read(fd, &msg, sizeof(msg)); /* it changes its memory, and waits for a reader */
-        else if (err && err != -EAGAIN)
-            return false;
+        else if (err && !done)
+            pm_doze(); /* there may be memory in a moment, for one */
         again = done ? 0 : again + 1;
         addr += done;
         slot += done;

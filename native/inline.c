@@ -75,6 +75,13 @@ static bool resident(struct pm_mm *mm, uint64_t addr)
     return mm->devices && pm_resident(mm->devices, addr);
 }
 
+/* What a vma has grown by is registered with the rest of it, and listed only once its watching is asked for.
+ */
+static bool watches(const struct pm_mm *mm, uint64_t addr, const struct pm_vma *vma)
+{
+    return pm_watch_lists(mm, addr) || pm_watch_lists(mm, vma->start);
+}
+
 /* With the device lock held. */
 static enum verdict bring_home(struct pm_mm *mm, uint64_t addr)
 {
@@ -98,7 +105,8 @@ static enum verdict serve_locked(struct pm_mm *mm, uint64_t addr)
 
     if (mm->met_unread && pm_events_unread(mm))
         return AGAIN;
-    if (pm_watch_lists(mm, addr) && (resident(mm, addr) || fills(mm, addr, &vma)))
+    if ((resident(mm, addr) && pm_watch_lists(mm, addr)) ||
+        (fills(mm, addr, &vma) && watches(mm, addr, &vma)))
         verdict = bring_home(mm, addr);
     mm->met_unread = verdict == AGAIN;
     return verdict == NOT_OURS && pm_events_unread(mm) ? AGAIN : verdict;
@@ -197,13 +205,14 @@ static int64_t make_present(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_vma vma;
     int64_t got = 0;
+    bool filled = fills(mm, start, &vma);
 
-    if (!mm->devices || !pm_watch_lists(mm, start))
+    if (!mm->devices || !(filled ? watches(mm, start, &vma) : pm_watch_lists(mm, start)))
         return 0;
     if (pm_events_unread(mm))
         return -EAGAIN;
     got = pm_home_told(mm, start, end);
-    if (got < 0 || !fills(mm, start, &vma))
+    if (got < 0 || !filled)
         return got;
     return got + fill_holes(mm, start, pm_min(end, vma.end));
 }

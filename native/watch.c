@@ -327,10 +327,10 @@ static int64_t watch_vma(struct pm_mm *mm, const struct pm_vma *vma, uint64_t st
     if (err)
         return err;
     err = uffd_register(mm, first, last, mode_of(mm, vma, first, last));
-    if (err == -ENOMEM)
-        return err;
-    if (err)
+    if (err == -EBUSY || err == -EINVAL || err == -EPERM)
         return 0;
+    if (err)
+        return err;
     protect_absent_huge(mm, vma, first, last);
     pm_lock(mm);
     remember(mm, first, last);

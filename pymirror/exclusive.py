@@ -121,13 +121,15 @@ def make_device_exclusive_range(mm: AddressSpace, start: int, end: int, owner: A
     last = ffi.new("uint64_t *", end)
     with arena._serving(mm, what) as native:
         ret = lib.pm_exclusive_fault(native, start, last)
+        if ret in (-errno.EINVAL, -errno.ENOMEM):
+            ret = -errno.EFAULT
         if ret == 0:
             buffer = ffi.from_buffer("uint64_t[]", pfns)
             with mm._migrating(what, start, int(last[0]), owner, Event.EXCLUSIVE):
                 ret = lib.pm_exclusive(native, start, last[0], buffer)
                 arena.set_owner(owner, pfns)
-    if ret in (-errno.EINVAL, -errno.ENOMEM):
-        ret = -errno.EFAULT
+            if ret == -errno.EINVAL:
+                ret = -errno.EFAULT
     if ret == -errno.EBUSY and not pfns.any():
         check_handler(mm, what)
     elif not pfns.any():

@@ -179,7 +179,8 @@ def _page_failure(mm: AddressSpace, what: str, start: int, end: int) -> MirrorEr
         "flags": lib.PM_WALK_FAULT,
     }
     walk = ffi.new("struct pm_walk *", {"start": start, "end": end, **request})
-    ret = lib.pm_walk(mm.native, walk)
+    with mm._invalidation(start, end, Event.CLEAR):  # faulting for writing replaces what is shared
+        ret = lib.pm_walk(mm.native, walk)
     if ret == -errno.EFAULT:
         return walk_error(mm, walk, ret, what)
     hint = "it was changed meanwhile, or is of a kind that the kernel does not pin for long: see the vma"

@@ -185,7 +185,7 @@ CALLS = [
     _changes("AddressSpace.read_lock", lambda w: _enter(w.mm.read_lock())),
     _changes("AddressSpace.sync", lambda w: w.mm.sync()),
     Call("AddressSpace.close", lambda w: w.mm.close(), DEADLK, DEADLK),
-    Call("AddressSpace.vmas", lambda w: list(w.mm.vmas()), DEADLK, OK, SRCH, SRCH),
+    Call("AddressSpace.vmas", lambda w: list(w.mm.vmas(w.start, w.end)), DEADLK, OK, SRCH, SRCH),
     Call("AddressSpace.find_vma", lambda w: w.mm.find_vma(w.start), DEADLK, OK, SRCH, SRCH),
     Call("AddressSpace.vma_lookup", lambda w: w.mm.vma_lookup(w.start), DEADLK, OK, SRCH, SRCH),
     Call("AddressSpace.watch", lambda w: w.mm.watch(w.start, w.end), DEADLK, OK, SRCH, SRCH),

@@ -12,12 +12,18 @@ TO, PAGE, SRCH = pm.DMA_TO_DEVICE, 4096, errno.ESRCH
 Run = Callable[[Any], object]
 
 
+def _mapped(w: Any, addr: int) -> int:
+    """A driver's check of what it was given."""
+    if not pm.dma_mapping_error(w.device, addr):
+        return addr
+    raise pm.MirrorError(errno.ENOMEM, "DMA_MAPPING_ERROR", hint="see what the log says of it")
+
+
 def _single(call: Run | None = None) -> Run:
     """Between map and unmap of a buffer."""
 
     def run(w: Any) -> None:
-        addr = pm.dma_map_single(w.device, w.content, 8, TO)
-        assert not pm.dma_mapping_error(w.device, addr)
+        addr = _mapped(w, pm.dma_map_single(w.device, w.content, 8, TO))
         if call is not None:
             call((w.device, addr))
         pm.dma_unmap_single(w.device, addr, 8, TO)
@@ -26,14 +32,14 @@ def _single(call: Run | None = None) -> Run:
 
 
 def _page(w: Any) -> None:
-    addr = pm.dma_map_page(w.device, w.held, 0, 8, TO)
-    assert not pm.dma_mapping_error(w.device, addr)
+    addr = _mapped(w, pm.dma_map_page(w.device, w.held, 0, 8, TO))
     pm.dma_unmap_page(w.device, addr, 8, TO)
 
 
 def _sg(call: Run | None = None) -> Run:
     def run(w: Any) -> None:
-        assert pm.dma_map_sg(w.device, w.sgl, 1, TO) == 1
+        if pm.dma_map_sg(w.device, w.sgl, 1, TO) != 1:
+            raise pm.MirrorError(errno.ENOMEM, "dma_map_sg: 0", hint="see what the log says of it")
         if call is not None:
             call(w)
         pm.dma_unmap_sg(w.device, w.sgl, 1, TO)
@@ -55,10 +61,19 @@ def _linked(free: Run) -> Run:
 
     def run(w: Any) -> None:
         state = pm.dma_iova_try_alloc(w.device, 8, w.start)
+        if not pm.dma_use_iova(state):
+            raise pm.MirrorError(errno.ENOMEM, "dma_iova_try_alloc", hint="map page by page")
         assert state is not None
-        assert pm.dma_use_iova(state)
-        pm.dma_iova_link(w.device, state, w.buf, 0, 8, TO)
-        pm.dma_iova_sync(w.device, state, 0, 8)
+        try:
+            pm.dma_iova_link(w.device, state, w.buf, 0, 8, TO)
+        except pm.MirrorError:
+            pm.dma_iova_free(w.device, state)
+            raise
+        try:
+            pm.dma_iova_sync(w.device, state, 0, 8)
+        except pm.MirrorError:
+            pm.dma_iova_destroy(w.device, state, 8, TO)
+            raise
         free((w.device, state))
 
     return run

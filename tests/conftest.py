@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tally
 from leaks import Holdings, armed_seams, left_behind
 
 import pymirror as pm
@@ -92,6 +93,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
     for reason, times in reasons.most_common():
         terminalreporter.write_line(f"left out, {times}: {reason}")
+    for line in tally.lines():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,35 +21,63 @@ from pymirror._shim import lib
 from pymirror.page_table import PM_ENTRY_VALID
 
 HUGE = 2 << 20
+STRUCK, MISSED = 80, 81
 
-#: What each kind of call may fail with.
+#: What each kind of call may fail with: what its manual names, but for what only a wrong caller sees (EBADF)
+#: and what says that the work is done or cannot be (EEXIST, ENOENT, ESRCH), which would be a lie here.
 ERRORS = {
-    "OPEN": [errno.EMFILE],
-    "CLOSE": [errno.EINTR],
+    "OPEN": [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR],
+    "CLOSE": [errno.EINTR, errno.EIO],
     "READ": [errno.EINTR, errno.EAGAIN],
-    "PREAD": [errno.EINTR, errno.ENOMEM],
-    "IOCTL": [errno.ENOMEM],
+    "PREAD": [errno.EINTR, errno.ENOMEM, errno.EIO],
+    "IOCTL": [errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EINVAL, errno.EFAULT],
     "POLL": [errno.EINTR, errno.ENOMEM],
-    "MMAP": [errno.ENOMEM],
+    "MMAP": [errno.ENOMEM, errno.EAGAIN, errno.ENFILE],
     "MUNMAP": [errno.ENOMEM],
-    "MPROTECT": [errno.ENOMEM],
-    "MADVISE": [errno.ENOMEM, errno.EAGAIN],
-    "MREMAP": [errno.ENOMEM],
-    "USERFAULTFD": [errno.EMFILE],
-    "EVENTFD": [errno.EMFILE],
-    "MEMFD": [errno.EMFILE],
-    "FTRUNCATE": [errno.EINTR],
+    "MPROTECT": [errno.ENOMEM, errno.EACCES],
+    "MADVISE": [errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO],
+    "MREMAP": [errno.ENOMEM, errno.EAGAIN],
+    "USERFAULTFD": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
+    "EVENTFD": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
+    "MEMFD": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
+    "FTRUNCATE": [errno.EINTR, errno.EIO],
     "VM_READV": [errno.EINTR, errno.ENOMEM],
     "VM_WRITEV": [errno.EINTR, errno.ENOMEM],
     "THREAD": [errno.EAGAIN],
     "MALLOC": [errno.ENOMEM],
-    "WRITE": [errno.EAGAIN],
-    "MINCORE": [errno.EAGAIN],
-    "PWRITE": [errno.EINTR],
-    "URING_SETUP": [errno.EMFILE],
-    "URING_REGISTER": [errno.ENOMEM, errno.EINTR],
-    "URING_ENTER": [errno.EINTR, errno.ENOMEM],
+    "WRITE": [errno.EAGAIN, errno.EINTR],
+    "MINCORE": [errno.EAGAIN, errno.ENOMEM],
+    "PWRITE": [errno.EINTR, errno.EIO],
+    "URING_SETUP": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
+    "URING_REGISTER": [errno.ENOMEM, errno.EINTR, errno.EAGAIN],
+    "URING_ENTER": [errno.EINTR, errno.ENOMEM, errno.EAGAIN, errno.EBUSY],
+    "SIGACTION": [errno.EINVAL],
 }
+
+
+#: All errors at each call; else one, and each of them at one call or another of the many operations.
+EVERY_ERROR = os.environ.get("PYMIRROR_FAULTS") == "all"
+
+
+def errors_at(name: str, kind: str, nth: int, but: frozenset[int] = frozenset()) -> list[int]:
+    """What the nth call of that kind is made to fail with in the operation."""
+    numbers = [number for number in ERRORS[kind] if number not in but]
+    if EVERY_ERROR:
+        return numbers
+    return [numbers[(zlib.crc32(name.encode()) + nth) % len(numbers)]]
+
+
+def apart(kind: str, attempt: Callable[[], bool]) -> bool:
+    """An attempt that leaves memory mapped, as munmap was refused, is made in a child."""
+    if kind != "MUNMAP":
+        return attempt()
+
+    def child() -> None:
+        os._exit(STRUCK if attempt() else MISSED)
+
+    status = os.waitstatus_to_exitcode(in_child(child))
+    assert status in (STRUCK, MISSED)
+    return status == STRUCK
 
 
 @dataclass
@@ -71,6 +101,9 @@ class Space:
         self.made.append(rng)
         return rng
 
+    def books(self) -> None:
+        """What more must hold, of what is in use here."""
+
     def set(self, page: int, content: bytes, pages: int = 1) -> None:
         self.expected[page * PAGE : (page + pages) * PAGE] = content * (PAGE * pages // len(content))
 
@@ -88,7 +121,8 @@ def space() -> Iterator[Space]:
 class Operation:
     """``run`` is made to fail. ``prepare`` comes before it, ``done`` checks its success.
 
-    ``also``: errors that it may give besides that of the call that failed.
+    ``also``: errors that it may give besides that of the call that failed. ``truths``: errors of ioctl that
+    say how memory is, which it believes.
     """
 
     name: str
@@ -96,13 +130,18 @@ class Operation:
     prepare: Callable[[Space], object] = lambda space: None
     done: Callable[[Space], object] = lambda space: None
     also: frozenset[int] = frozenset()
+    truths: frozenset[int] = frozenset()
+    opens: Callable[[], AbstractContextManager[Space]] = space
+
+    def errors_at(self, kind: str, nth: int) -> list[int]:
+        return errors_at(self.name, kind, nth, self.truths if kind == "IOCTL" else frozenset())
 
 
 def map_all(space: Space) -> None:
     space.driver.map(space.buf.addr, space.page(8), WRITE)
 
 
-def _registered(space: Space) -> None:
+def registered(space: Space) -> None:
     space.rng = space.range()
     space.rng.register()
 
@@ -110,11 +149,11 @@ def _registered(space: Space) -> None:
 def unfaulted(space: Space) -> None:
     space.mm.madvise(space.buf.addr, 8 * PAGE, mmap.MADV_DONTNEED)
     space.set(0, b"\0", 8)
-    _registered(space)
+    registered(space)
 
 
 def _faulted(space: Space) -> None:
-    _registered(space)
+    registered(space)
     assert space.rng is not None
     space.rng.fault()
 
@@ -151,25 +190,25 @@ def _whole(space: Space) -> None:
     space.made.append(pm.IntervalNotifier(space.mm, 0, 1 << 64, lambda sub, range, seq: sub.set_seq(seq)))
 
 
-def _unmap(space: Space) -> None:
+def unmap(space: Space) -> None:
     space.mm.munmap(space.page(2), PAGE)
     space.gone = True
 
 
-def _unmapped(space: Space) -> None:
+def unmapped(space: Space) -> None:
     assert errno_of(space.driver.device.read, space.mm, space.page(2), 1) == errno.EFAULT
     assert space.buf.left == [(space.page(0), space.page(2)), (space.page(3), space.page(8))]
 
 
-def _gone(space: Space) -> None:
+def gone(space: Space) -> None:
     assert errno_of(space.driver.device.read, space.mm, space.page(2), 1) == errno.EFAULT
 
 
-def _zap(space: Space) -> None:
+def zap(space: Space) -> None:
     space.mm.madvise(space.page(2), PAGE, mmap.MADV_DONTNEED)
 
 
-def _zapped(space: Space) -> None:
+def zapped(space: Space) -> None:
     space.set(2, b"\0")
 
 
@@ -180,11 +219,11 @@ def _move(space: Space) -> None:
     space.made.append(moved)
 
 
-def _protect(space: Space) -> None:
+def protect(space: Space) -> None:
     space.mm.mprotect(space.page(2), PAGE, mmap.PROT_READ)
 
 
-def _protected(space: Space) -> None:
+def protected(space: Space) -> None:
     assert errno_of(space.driver.device.write, space.mm, space.page(2), b"x") == errno.EPERM
 
 
@@ -199,11 +238,11 @@ def device_write(space: Space) -> None:
 
 def foreign_zap(space: Space) -> None:
     foreign.madvise(space.page(2), PAGE, mmap.MADV_DONTNEED)
-    _zapped(space)
+    zapped(space)
     _is_fenced(space)
 
 
-def _foreign_unmap(space: Space) -> None:
+def foreign_unmap(space: Space) -> None:
     foreign.munmap(space.page(2), PAGE)
     space.gone = True
     _is_fenced(space)
@@ -216,7 +255,7 @@ def _is_fenced(space: Space) -> None:
     space.mm.sync()
 
 
-def _fork(space: Space) -> None:
+def fork(space: Space) -> None:
     expected = bytes(space.expected)
 
     def child() -> None:
@@ -227,12 +266,12 @@ def _fork(space: Space) -> None:
     space.mm.sync()
 
 
-def _clone(space: Space) -> None:
+def clone(space: Space) -> None:
     assert wait_for(raw_clone()) == 0
     space.mm.sync()
 
 
-def _reported(space: Space) -> None:
+def reported(space: Space) -> None:
     """What is watched by now tells of a change, whatever failed before."""
     told = space.mm.stats()["events"]["CLEAR"]
     foreign.madvise(space.page(5), PAGE, mmap.MADV_DONTNEED)
@@ -278,26 +317,26 @@ OPERATIONS = [
     Operation("mmap shared", _new(shared=True)),
     Operation("mmap thp", _new(huge="thp", size=HUGE)),
     Operation("mmap inside a notifier", _new(), _whole),
-    Operation("watch", _watch, _unwatched, _watched),
-    Operation("register", _registered, done=_reported),
+    Operation("watch", _watch, _unwatched, _watched, truths=frozenset({errno.EBUSY, errno.EINVAL})),
+    Operation("register", registered, done=reported),
     Operation("fault", fault, unfaulted, also=frozenset({errno.EBUSY})),
-    Operation("snapshot", lambda space: _again(space.rng).snapshot(), _registered),
-    Operation("map", _program, _faulted, _reported),
-    Operation("device read", device_read, done=_reported),
+    Operation("snapshot", lambda space: _again(space.rng).snapshot(), registered),
+    Operation("map", _program, _faulted, reported),
+    Operation("device read", device_read, done=reported),
     Operation("device read of what is mapped", device_read, map_all),
-    Operation("device write", device_write, done=_reported, also=frozenset({errno.EBUSY})),
+    Operation("device write", device_write, done=reported, also=frozenset({errno.EBUSY})),
     Operation("device write to what is mapped", device_write, map_all),
-    Operation("munmap", _unmap, map_all, _unmapped),
-    Operation("mprotect", _protect, map_all, _protected),
-    Operation("madvise", _zap, map_all, _zapped),
+    Operation("munmap", unmap, map_all, unmapped),
+    Operation("mprotect", protect, map_all, protected),
+    Operation("madvise", zap, map_all, zapped),
     Operation("mremap", _move, map_all),
     Operation("foreign madvise", foreign_zap, map_all),
-    Operation("foreign munmap", _foreign_unmap, map_all, _gone),
-    Operation("fork", _fork, map_all, _reported),
+    Operation("foreign munmap", foreign_unmap, map_all, gone),
+    Operation("fork", fork, map_all, reported),
     Operation("pin", _pin, done=_unpinned),
     Operation("pin of what is mapped", _pin, map_all, _unpinned),
     Operation("pin of shared pages", _pin, _zero_pages, _unpinned),
-    Operation("raw clone", _clone, map_all, _reported),
+    Operation("raw clone", clone, map_all, reported),
 ]
 
 
@@ -318,4 +357,5 @@ def check_all_is_well(space: Space) -> None:
         else:
             assert ctypes.string_at(at, PAGE) == space.expected[offset : offset + PAGE]
     assert table.verify(space.buf.addr, space.page(8)) is None
+    space.books()
     assert space.driver.device.stats.stale == 0

@@ -10,14 +10,17 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+import tally
 from injecting import (
     ERRORS,
     HUGE,
     OPERATIONS,
     Operation,
     Space,
+    apart,
     check_all_is_well,
     device_read,
     device_write,
@@ -27,6 +30,7 @@ from injecting import (
     space,
     unfaulted,
 )
+from injecting_device import DEVICE_OPERATIONS
 from mirroring import PAGE, FaultDriver, filled
 from racing import raw_clone, wait_for
 from seams import Background, errno_of, foreign, inject, needs
@@ -34,13 +38,14 @@ from seams import Background, errno_of, foreign, inject, needs
 import pymirror as pm
 from pymirror._shim import lib
 
-MOST = 80
+KIND = "fault injection, by operation"
+MOST = 200
 
 
 def attempt(operation: Operation, kind: str, number: int, nth: int) -> bool:
     """One failure of the n-th call; False when there was none."""
     what = f"{kind} {nth} {errno.errorcode[number]}"
-    with space() as made:
+    with operation.opens() as made:
         operation.prepare(made)
         before = bytes(made.expected)
         with inject(kind, nth, number) as injection:
@@ -68,7 +73,7 @@ def refusal_of(run: Callable[..., object], *args: object) -> int:
 
 def kinds_used(operation: Operation) -> list[str]:
     """The kinds of calls that it makes. The monitor's own are among them, at all times."""
-    with space() as made:
+    with operation.opens() as made:
         operation.prepare(made)
         before = {kind: lib.pm_sys_calls(getattr(lib, f"PM_SYS_{kind}")) for kind in ERRORS}
         operation.run(made)
@@ -86,16 +91,34 @@ def features() -> None:
     needs("uffd_events", "pagemap", "event_fork")
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_one_call_that_fails(operation: Operation) -> None:
+def fail_each_call(operation: Operation) -> None:
     fds = number_of_fds()
-    for kind in dict.fromkeys(kinds_used(operation)):
-        for number in ERRORS[kind]:
+    tally.add(KIND, operations=1)
+    with tally.timed(KIND):
+        for kind in dict.fromkeys(kinds_used(operation)):
             nth = 1
-            while attempt(operation, kind, number, nth):
+            while True:
+                tried = [
+                    apart(kind, partial(attempt, operation, kind, number, nth))
+                    for number in operation.errors_at(kind, nth)
+                ]
+                tally.add(KIND, faults_injected=sum(tried))
+                if not any(tried):
+                    break
                 nth += 1
                 assert nth < MOST
     assert number_of_fds() == fds
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_one_call_that_fails(operation: Operation) -> None:
+    fail_each_call(operation)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("operation", DEVICE_OPERATIONS, ids=lambda operation: operation.name)
+def test_one_call_that_fails_with_device_memory(operation: Operation) -> None:
+    fail_each_call(operation)
 
 
 def test_open() -> None:

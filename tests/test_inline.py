@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE, FaultDriver, as_bytes
 from racing import in_child
-from seams import errno_of, needs
+from seams import errno_of, foreign, needs
 
 import pymirror as pm
 
@@ -306,3 +306,15 @@ def test_the_process_lives_through_many() -> None:
         "    mm.close(); vram.close()\n"
     )
     assert (status, said) == (0, "")
+
+
+def test_memory_that_has_grown_where_it_is(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    """As realloc makes it: what is new of the vma faults as the rest does, and nobody asked to watch it."""
+    addr = foreign.mmap(0, 32 * PAGE)
+    foreign.munmap(addr + 8 * PAGE, 24 * PAGE)
+    ctypes.memset(addr, 7, 8 * PAGE)
+    assert pm.migrate_to_device(mm, addr, addr + 8 * PAGE, vram) == 8
+    assert foreign.mremap(addr, 8 * PAGE, 16 * PAGE) == addr
+    assert ctypes.string_at(addr + 9 * PAGE, 1) == b"\0"
+    assert ctypes.string_at(addr, 16 * PAGE) == bytes([7]) * 8 * PAGE + bytes(8 * PAGE)
+    foreign.munmap(addr, 16 * PAGE)
