@@ -418,8 +418,7 @@ static bool can_migrate(const struct pm_mm *mm)
 {
     int serves = mm->inline_faults ? PM_FEAT_UFFD_SIGBUS : PM_FEAT_UFFD_KERNEL;
 
-    return pm_have(mm, serves) && pm_have(mm, PM_FEAT_UFFD_EVENTS) && pm_have(mm, PM_FEAT_UFFD_MOVE) &&
-           pm_have(mm, PM_FEAT_PAGEMAP);
+    return pm_have(mm, serves) && pm_have(mm, PM_FEAT_UFFD_EVENTS) && pm_have(mm, PM_FEAT_PAGEMAP);
 }
 
 static int open_arena_fd(struct pm_mm *mm)

@@ -153,14 +153,15 @@ int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len, uint64_t
 /* Take the lock at a moment at which no fork and no madvise is half done, and every event has been read. */
 int pm_lock_quiet(struct pm_mm *mm, uint64_t start, uint64_t end);
 
-/* lift.c: n pages of one 2 MiB range; `copies`: of a file, and they leave only as this process's own. */
+/* lift.c: n pages of one 2 MiB range, which becomes how many there is room for; `copies`: of a file, and they
+ * leave only as this process's own. -EAGAIN: some of them stay. */
 struct pm_lift {
     uint64_t addr, n;
     bool copies;
     const bool *writable;
 };
 
-int pm_lift(struct pm_devmem *vram, const struct pm_lift *lift);
+int pm_lift(struct pm_devmem *vram, struct pm_lift *lift);
 /* Whether n slots are being filled, of some of them. */
 bool pm_lifting(const struct pm_mm *mm, uint64_t slot, uint64_t n);
 struct uffd_msg;

@@ -16,28 +16,43 @@ enum { AGAIN_LIMIT = 64 };
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
 static const uint64_t home_limit_ns = 5000ULL * 1000 * 1000;
 
-/* Where UFFDIO_MOVE may not: the vma is read-only by now, or locked, or the slot is looked at. */
-static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot)
+static bool is_there(uint64_t entry)
 {
-    struct uffdio_copy copy = {
-        .dst = addr, .src = slot, .len = PM_PAGE_SIZE, .mode = UFFDIO_COPY_MODE_DONTWAKE};
-    uint64_t seen;
-    int err = pm_pagemap_fill(mm, slot, 1, &seen);
+    return entry & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED);
+}
+
+/* Where UFFDIO_MOVE may not, or is not: the vma is read-only by now, or locked, or the slot is looked at.
+ * Pages from the first on that are all there, or all holes: bytes. */
+static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len)
+{
+    struct uffdio_copy copy = {.dst = addr, .src = slot, .mode = UFFDIO_COPY_MODE_DONTWAKE};
+    uint64_t seen[PM_HUGE_PAGES], n = len >> PM_PAGE_SHIFT, run = 1;
+    int err = pm_pagemap_fill(mm, slot, n, seen);
 
     if (err)
         return err;
+    while (run < n && is_there(seen[run]) == is_there(seen[0]))
+        run++;
     /* Never touched: a hole at home, too. */
-    if (!(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED))) {
+    if (!is_there(seen[0])) {
         mm->devices->met_holes = true;
-        return PM_PAGE_SIZE;
+        return (int64_t)(run << PM_PAGE_SHIFT);
     }
+    copy.len = run << PM_PAGE_SHIFT;
     err = pm_sys_ioctl(mm->uffd, UFFDIO_COPY, &copy);
+    if (err)
+        copy.len = copy.copy > 0 ? (uint64_t)copy.copy : 0;
+    /* A run that is in two vmas. */
+    if (err == -ENOENT && run > 1)
+        return copy_home(mm, addr, slot, PM_PAGE_SIZE);
     /* EEXIST: something is there that is younger, a guard page for one. */
-    if (err && err != -EEXIST)
+    if (!copy.len && err == -EEXIST)
+        copy.len = PM_PAGE_SIZE;
+    if (!copy.len)
         return err;
-    pm_sys_madvise(slot, PM_PAGE_SIZE, MADV_DONTNEED);
-    mm->devices->stats.copied++;
-    return PM_PAGE_SIZE;
+    pm_sys_madvise(slot, copy.len, MADV_DONTNEED);
+    mm->devices->stats.copied += copy.len >> PM_PAGE_SHIFT;
+    return (int64_t)copy.len;
 }
 
 /*
@@ -59,6 +74,8 @@ static int64_t move_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_
     struct pm_abi_uffdio_move move = {.dst = addr, .src = slot, .len = len, .mode = mode};
     int err;
 
+    if (!pm_have(mm, PM_FEAT_UFFD_MOVE))
+        return -EOPNOTSUPP;
     if (len > PM_PAGE_SIZE) {
         mm->devices->met_holes = true;
         return pm_move_pages(mm->uffd, addr, slot, len, mode);
@@ -74,7 +91,7 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
 
     for (uint64_t addr = start; pm_resident_next(devices, &addr, end); addr += (uint64_t)got) {
         uint64_t entry = pm_resident_word(devices, addr), slot = pm_page_down(entry);
-        uint64_t limit = pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
+        uint64_t limit = pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE), len;
         /* What is to be read-only is not touched before it is. */
         bool wakes = entry & PM_RESIDENT_WRITE;
 
@@ -84,9 +101,10 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
         got = (int64_t)(pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT);
         if (pm_lifting(mm, slot, (uint64_t)got >> PM_PAGE_SHIFT))
             return -EAGAIN;
-        got = move_home(mm, addr, slot, (uint64_t)got, wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+        len = (uint64_t)got;
+        got = move_home(mm, addr, slot, len, wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
         if (got < 0 && got != -EAGAIN) {
-            got = copy_home(mm, addr, slot);
+            got = copy_home(mm, addr, slot, len);
             wakes = false;
         }
         if (got < 0)

@@ -96,6 +96,8 @@ int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64
 int pm_sys_munmap(uint64_t addr, uint64_t len);
 int pm_sys_mprotect(uint64_t addr, uint64_t len, int prot);
 int pm_sys_madvise(uint64_t addr, uint64_t len, int advice);
+int pm_sys_mlock(uint64_t addr, uint64_t len); /* mlock2(MLOCK_ONFAULT) */
+int pm_sys_munlock(uint64_t addr, uint64_t len);
 int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr,
                   uint64_t *ret);
 int pm_sys_mincore(uint64_t addr, uint64_t len, unsigned char *vec);
@@ -355,7 +357,8 @@ void pm_monitor_stop(struct pm_mm *mm);
 
 /* pin.c */
 int pm_pin_make(struct pm_mm *mm, uint64_t start, uint64_t npages, pm_pin **ret);
-void pm_pins_close(struct pm_mm *mm); /* all pages go back, and the ring goes */
+bool pm_pinned(struct pm_mm *mm, uint64_t start, uint64_t end); /* any of it; with the ring lock held */
+void pm_pins_close(struct pm_mm *mm);                           /* all pages go back, and the ring goes */
 
 /* fork.c */
 int pm_fork_install(void); /* pthread_atfork, once a process */

@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * lift.c - to device memory, from where UFFDIO_MOVE may not take pages: memory that is read-only, and the
- * copies that a process has of pages of a file.
+ * copies that a process has of pages of a file. On a kernel without it, from all memory.
  *
  * mremap(MREMAP_DONTUNMAP) takes the pages out in one step, so no write of the CPU can fall between reading
  * and taking. What touches the hole meanwhile faults, and waits: the pages are noted as gone before, and
  * nothing brings them home until they have been copied. The events of our own mremap are nobody's news.
+ *
+ * A page that is pinned would be copied away from what it is pinned for: it stays, and no pin is made
+ * meanwhile. Of pins that others make the kernel tells nobody.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -165,22 +168,23 @@ static int look(struct pm_mm *mm, const struct pm_lift *lift, bool *any)
     return err;
 }
 
-static int begin(struct pm_devmem *vram, const struct pm_lift *lift, bool *any)
+/* As many as there is room for. */
+static int begin(struct pm_devmem *vram, struct pm_lift *lift, bool *any)
 {
     struct pm_mm *mm = vram->mm;
-    uint64_t len = lift->n << PM_PAGE_SHIFT, room = lift->n, slot;
-    int err = pm_lock_quiet(mm, lift->addr, lift->addr + len);
+    int err = pm_lock_quiet(mm, lift->addr, lift->addr + (lift->n << PM_PAGE_SHIFT));
+    uint64_t slot = 0;
 
     if (err)
         return err;
     err = look(mm, lift, any);
-    slot = err ? 0 : pm_devmem_room(vram, lift->addr, &room);
     if (!err)
-        err = slot && room == lift->n ? pm_devmem_note(vram, lift->addr, slot, lift->n, lift->writable)
-                                      : -ENOSPC;
+        slot = pm_devmem_room(vram, lift->addr, &lift->n);
+    if (!err)
+        err = slot ? pm_devmem_note(vram, lift->addr, slot, lift->n, lift->writable) : -ENOSPC;
     if (!err) {
         mm->lift.addr = lift->addr;
-        mm->lift.len = len;
+        mm->lift.len = lift->n << PM_PAGE_SHIFT;
         mm->lift.slot = slot;
     }
     pm_unlock(mm);
@@ -208,15 +212,16 @@ static void end(struct pm_devmem *vram, int err)
     pm_unlock(mm);
 }
 
-int pm_lift(struct pm_devmem *vram, const struct pm_lift *lift)
+static int lift_unpinned(struct pm_devmem *vram, struct pm_lift *lift)
 {
     struct pm_mm *mm = vram->mm;
-    uint64_t len = lift->n << PM_PAGE_SHIFT, area = 0, to = 0;
+    uint64_t len, area = 0, to = 0;
     bool any;
     int err = begin(vram, lift, &any);
 
     if (err)
         return err;
+    len = lift->n << PM_PAGE_SHIFT;
     if (any)
         err = reserve(lift->addr, len, &area, &to);
     if (any && !err)
@@ -225,5 +230,17 @@ int pm_lift(struct pm_devmem *vram, const struct pm_lift *lift)
     if (area)
         drop_area(mm, area, to, len);
     pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){lift->addr, len});
+    return err;
+}
+
+int pm_lift(struct pm_devmem *vram, struct pm_lift *lift)
+{
+    uint64_t end = lift->addr + (lift->n << PM_PAGE_SHIFT);
+    int err = -EAGAIN;
+
+    pthread_mutex_lock(&vram->mm->ring_lock);
+    if (!pm_pinned(vram->mm, lift->addr, end))
+        err = lift_unpinned(vram, lift);
+    pthread_mutex_unlock(&vram->mm->ring_lock);
     return err;
 }

@@ -93,6 +93,32 @@ static int learn_writable(struct pm_mm *mm, uint64_t addr, uint64_t end, bool *w
     return err;
 }
 
+/* UFFDIO_MOVE takes pages of locked memory to locked memory only, which the slots are for that long. */
+static int64_t move_locked(int fd, uint64_t slot, uint64_t addr, uint64_t len)
+{
+    int64_t got = pm_sys_mlock(slot, len);
+
+    if (got)
+        return got == -EAGAIN ? -EBUSY : got;
+    got = pm_move_pages(fd, slot, addr, len, 0);
+    pm_sys_munlock(slot, len);
+    return got;
+}
+
+static int64_t move_run(struct pm_devmem *vram, uint64_t slot, uint64_t addr, uint64_t len)
+{
+    int fd = vram->mm->arena_fd;
+    int64_t got = pm_move_pages(fd, slot, addr, len, 0);
+
+    for (int i = 0; (got == -EAGAIN || got == -EEXIST) && i < AGAIN_LIMIT; i++) {
+        /* A slot that could not be emptied when its page went. */
+        if (got == -EEXIST)
+            pm_sys_madvise(slot, len, MADV_DONTNEED);
+        got = pm_move_pages(fd, slot, addr, len, 0);
+    }
+    return got == -EINVAL && pm_memory_locked() ? move_locked(fd, slot, addr, len) : got;
+}
+
 /* Pages of [*addr, end), in one 2 MiB range, from *addr on. -EBUSY at one that does not move. */
 static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const bool *writable,
                     uint64_t *moved)
@@ -114,13 +140,7 @@ static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const 
     /* So that noting cannot fail once they have moved. */
     if (pm_devmem_ready(vram, *addr, slot, n))
         return -ENOMEM;
-    got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT, 0);
-    for (int i = 0; (got == -EAGAIN || got == -EEXIST) && i < AGAIN_LIMIT; i++) {
-        /* A slot that could not be emptied when its page went. */
-        if (got == -EEXIST)
-            pm_sys_madvise(slot, n << PM_PAGE_SHIFT, MADV_DONTNEED);
-        got = pm_move_pages(vram->mm->arena_fd, slot, *addr, n << PM_PAGE_SHIFT, 0);
-    }
+    got = move_run(vram, slot, *addr, n << PM_PAGE_SHIFT);
     if (got < 0) {
         pm_devmem_unready(vram, *addr, slot, n);
         return got == -EAGAIN ? -EBUSY : (int)got;
@@ -256,7 +276,7 @@ static enum way way_of(const struct pm_mm *mm, const struct pm_vma *vma)
     /* Inline, each touch of a page of the file would be a signal, and each system call on one refused. */
     if (vma->flags & PM_VMA_FILE)
         return pm_is_shmem(vma) && !mm->inline_faults ? LIFT : STAY;
-    return vma->flags & PM_VMA_WRITE ? MOVE : LIFT;
+    return (vma->flags & PM_VMA_WRITE) && pm_have(mm, PM_FEAT_UFFD_MOVE) ? MOVE : LIFT;
 }
 
 bool pm_movable(const struct pm_mm *mm, const struct pm_vma *vma)
@@ -293,7 +313,7 @@ static uint64_t next_lift(struct pm_devmem *vram, const struct pm_vma *vma, uint
 static int lift_range(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t addr, uint64_t end,
                       uint64_t *moved)
 {
-    uint64_t seen[PM_HUGE_PAGES], n = (end - addr) >> PM_PAGE_SHIFT, start = addr;
+    uint64_t seen[PM_HUGE_PAGES], n = (end - addr) >> PM_PAGE_SHIFT, start = addr, most = n;
     bool writable[PM_HUGE_PAGES];
     int err = pm_pagemap_read(vram->mm, addr, n, seen);
 
@@ -302,15 +322,23 @@ static int lift_range(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t
             (vma->flags & PM_VMA_WRITE) && is_writable(vram->mm, addr + (i << PM_PAGE_SHIFT), seen[i]);
     while (!err) {
         const uint64_t *at = seen + ((addr - start) >> PM_PAGE_SHIFT);
+        struct pm_lift lift = {.copies = vma->flags & PM_VMA_FILE};
         uint64_t from = addr;
 
-        n = next_lift(vram, vma, &addr, end, at);
-        if (!n || set_missing(vram->mm, vma, addr, addr + (n << PM_PAGE_SHIFT)))
+        lift.n = pm_min(most, next_lift(vram, vma, &addr, end, at));
+        if (!lift.n || set_missing(vram->mm, vma, addr, addr + (lift.n << PM_PAGE_SHIFT)))
             return 0;
         at += (addr - from) >> PM_PAGE_SHIFT;
-        err = pm_lift(vram, &(struct pm_lift){addr, n, vma->flags & PM_VMA_FILE, writable + (at - seen)});
-        *moved += err ? 0 : n;
-        addr += n << PM_PAGE_SHIFT;
+        lift.addr = addr;
+        lift.writable = writable + (at - seen);
+        err = pm_lift(vram, &lift);
+        if (err == -EAGAIN && lift.n > 1) {
+            most = 1;
+            err = 0;
+            continue;
+        }
+        *moved += err ? 0 : lift.n;
+        addr += lift.n << PM_PAGE_SHIFT;
         /* What the kernel refuses stays. */
         err = err == -ENOSPC || err == -EBUSY ? err : 0;
     }

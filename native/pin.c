@@ -56,6 +56,15 @@ static void delist(struct pm_pin *pin)
     ring->stats.released++;
 }
 
+bool pm_pinned(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    const struct pm_pin *pin = mm->ring ? mm->ring->pins : NULL;
+
+    while (pin && !pm_overlap(start, end - 1, pin->start, pin->start + (pin->npages << PM_PAGE_SHIFT) - 1))
+        pin = pin->next;
+    return pin != NULL;
+}
+
 static int drop_slots(struct pm_pin *pin)
 {
     int err = 0;

@@ -835,6 +835,8 @@ enum pm_sys {
     PM_SYS_URING_REGISTER,
     PM_SYS_URING_ENTER,
     PM_SYS_SIGACTION,
+    PM_SYS_MLOCK,
+    PM_SYS_MUNLOCK,
     PM_SYS_COUNT
 };
 

@@ -198,6 +198,20 @@ int pm_sys_madvise(uint64_t addr, uint64_t len, int advice)
     return err ? err : (int)result(madvise((void *)(uintptr_t)addr, len, advice));
 }
 
+int pm_sys_mlock(uint64_t addr, uint64_t len)
+{
+    int err = enter(PM_SYS_MLOCK);
+
+    return err ? err : (int)result(mlock2((void *)(uintptr_t)addr, len, MLOCK_ONFAULT));
+}
+
+int pm_sys_munlock(uint64_t addr, uint64_t len)
+{
+    int err = enter(PM_SYS_MUNLOCK);
+
+    return err ? err : (int)result(munlock((void *)(uintptr_t)addr, len));
+}
+
 int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, uint64_t new_addr,
                   uint64_t *ret)
 {

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 FAULT_AROUND = (4 << 10, 64 << 10, 2 << 20)
 NEEDS = {
-    "thread": ("uffd_kernel", "uffd_events", "move", "pagemap"),
-    "inline": ("sigbus", "uffd_events", "move", "pagemap"),
+    "thread": ("uffd_kernel", "uffd_events", "pagemap"),
+    "inline": ("sigbus", "uffd_events", "pagemap"),
 }
 
 
@@ -195,7 +195,8 @@ class DeviceMemory:
         for feature in NEEDS[mm.fault_delivery]:
             mm.features.require(feature, what)
         if self.kind == "coherent":
-            mm.features.require("pfn", what)
+            for feature in ("pfn", "move"):
+                mm.features.require(feature, what)
         if self.used:
             raise MirrorError(
                 errno.EXDEV,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Migration between system memory and device memory (migrate_vma_*(), in one call a direction).
 
-The pages themselves move (UFFDIO_MOVE), between a hole and a hole, without a copy. Drivers are told before:
+The pages themselves move (UFFDIO_MOVE), between a hole and a hole, without a copy; on a kernel without that
+they are copied. Drivers are told before:
 event MIGRATE with the owner of the device memory, so that the driver that migrates can leave its own alone.
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from ._shim import ffi, lib
 from .affected import USER_END
 from .errors import MirrorError, check
+from .features import memlock_command
 from .mm_base import check_pages
 from .ops import PROT_READ
 
@@ -24,16 +26,17 @@ if TYPE_CHECKING:
 def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory) -> int:
     """Move the pages of [start, end) into device memory; gives how many moved.
 
-    Private anonymous memory that may be written moves, never-touched pages too, for which nothing is copied.
-    Shared, file, hugetlb, read-only and mlocked memory stays, and so do pinned pages and what is in device
-    memory already. Pages shared with a forked child get copies of their own first. When the device memory is
-    full, what was moved in least recently goes home.
+    Private anonymous memory moves, never-touched pages too, for which nothing is copied, and copies of pages
+    of files in memory. Shared, hugetlb and other file memory stays, and so do pinned pages and what is in
+    device memory already (docs/device-memory.md, "What moves"). Pages shared with a forked child get copies
+    of their own first. When the device memory is full, what was moved in least recently goes home.
 
     EINVAL: no interval of whole pages, or, after what precedes it has moved, a hole or a vma that cannot be
     read. ENOSPC: it is larger than the device memory. EBUSY: a fork or madvise of another thread does not
     end, or, with inline delivery, a handler of SIGBUS was installed over pymirror's. EXDEV: the device memory
     has pages of another address space. EOPNOTSUPP, FeatureError: this kernel or user cannot have device
-    memory. ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock().
+    memory. ENOMEM: also locked memory beyond RLIMIT_MEMLOCK; ESRCH; EDEADLK in a callback, under a driver
+    lock and under read_lock().
     """
     what = "migrate_to_device"
     check_migration(mm, what, start, end)
@@ -49,7 +52,8 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
             _evict(mm, vram, start, end, total)
     if ret == -errno.EBUSY:
         check_handler(mm, what)
-    check(ret, what, addr=_first_refused(mm, start, end) if ret == -errno.EINVAL else start, mm=mm)
+    hint = f"free some memory; for locked memory: {memlock_command()}" if ret == -errno.ENOMEM else None
+    check(ret, what, addr=_first_refused(mm, start, end) if ret == -errno.EINVAL else start, mm=mm, hint=hint)
     return int(total)
 
 

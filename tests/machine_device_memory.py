@@ -44,11 +44,12 @@ class DeviceMemoryMachine(RuleBasedStateMachine):
     """Two small device memories of one owner, one device that uses both in place."""
 
     delivery = "thread"
+    off: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
         self.owner = object()
-        self.mm = pm.AddressSpace(fault_delivery=self.delivery)
+        self.mm = pm.AddressSpace(fault_delivery=self.delivery, disable=self.off)
         self.vrams = [self.new_memory(pages) for pages in (PAGES, HUGE // PAGE + 2)]
         self.driver = PlaceDriver(self.mm, [], self.owner)
         self.pages: dict[int, Page] = {}

@@ -29,9 +29,15 @@ class Inline(DeviceMemoryMachine):
     delivery = "inline"
 
 
+class Copying(DeviceMemoryMachine):
+    off = ("move",)
+
+
 @pytest.mark.root
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("machine", [DeviceMemoryMachine, Inline], ids=["thread", "inline"])
+@pytest.mark.parametrize(
+    "machine", [DeviceMemoryMachine, Inline, Copying], ids=["thread", "inline", "copying"]
+)
 @pytest.mark.timeout(90 * STRESS)
 def test_device_memory_behaves_as_the_model(machine: type[DeviceMemoryMachine]) -> None:
     needs("uffd_kernel", "sigbus", "move", "uffd_events", "pagemap")

@@ -28,10 +28,10 @@ pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threa
 
 
 class DeviceStress(Stress):
-    def __init__(self, seed: int, delivery: str, cpu_add: object) -> None:
+    def __init__(self, seed: int, delivery: str, off: tuple[str, ...], cpu_add: object) -> None:
         self.memory_owner = object()
         self.cpu_add = cpu_add
-        super().__init__(seed, delivery)
+        super().__init__(seed, delivery, off)
         self.counter = self.mm.mmap(PAGE)
         self.places = {chunk: threading.Lock() for chunk in self.memory.chunks}
         self.vrams = [
@@ -75,14 +75,18 @@ class DeviceStress(Stress):
 
 
 @pytest.mark.hugetlb
-@pytest.mark.parametrize("delivery", ["thread", "inline"])
+@pytest.mark.parametrize(
+    ("delivery", "off"),
+    [("thread", ()), ("inline", ()), ("thread", ("move",))],
+    ids=["thread", "inline", "without move"],
+)
 @pytest.mark.timeout(120 * STRESS)
-def test_memory_that_moves_keeps_every_byte(delivery: str) -> None:
+def test_memory_that_moves_keeps_every_byte(delivery: str, off: tuple[str, ...]) -> None:
     needs("uffd_kernel", "move", "uffd_events", "pagemap")
     with overcommit(HUGE_PAGES), fine_switching(), atomic_adder(8) as cpu_add:
         for seed in seeds():
             print(f"PYMIRROR_SEED={seed}")
-            stress = DeviceStress(seed, delivery, cpu_add)
+            stress = DeviceStress(seed, delivery, off, cpu_add)
             try:
                 stress.run()
                 stress.account()

@@ -59,9 +59,10 @@ class Gpu:
         self.dev.page_table.clear(0, 1 << 64)
 
 
-@pytest.fixture(params=["thread", "inline"])
+@pytest.fixture(params=["thread", "inline", "thread without move", "inline without move"])
 def mm(request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    with pm.AddressSpace(fault_delivery=request.param) as mm:
+    delivery, *off = request.param.split(" without ")
+    with pm.AddressSpace(fault_delivery=delivery, disable=off) as mm:
         yield mm
 
 

@@ -15,6 +15,8 @@ from seams import NOT_HERE, needs
 import pymirror as pm
 from pymirror.replay import Scenario, Summary, load, play, play_all, read_pages
 
+pytestmark = pytest.mark.timeout(240)  # of what is replayed at once
+
 PAGE = 4096
 MUST_BE_EQUAL = {"errno", "data", "cpages"}
 FIDELITY = Path(__file__).parent.parent / "docs" / "fidelity.md"

@@ -28,9 +28,10 @@ PAGES = 64
 MADV_DONTFORK, MADV_DOFORK = 10, 11
 
 
-@pytest.fixture(params=["thread", "inline"])
+@pytest.fixture(params=["thread", "inline", "thread without move", "inline without move"])
 def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    with pm.AddressSpace(fault_delivery=request.param) as space:
+    delivery, *off = request.param.split(" without ")
+    with pm.AddressSpace(fault_delivery=delivery, disable=off) as space:
         yield space
 
 
@@ -222,9 +223,7 @@ class TestWhatStays:
 
     def test_missing_features(self) -> None:
         for feature, delivery in (
-            ("move", "thread"),
             ("uffd_kernel", "thread"),
-            ("move", "inline"),
             ("sigbus", "inline"),
         ):
             with (
@@ -233,6 +232,11 @@ class TestWhatStays:
                 pytest.raises(pm.FeatureError, match=feature),
             ):
                 to_device(patterned(mm), vram)
+
+
+def locked_kib() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmLck:"))
 
 
 class TestChangesOfMemory:
@@ -416,6 +420,34 @@ class TestMemoryThatDoesNotMove:
         assert wait_for(pid) == 0
         for end in (*ready, *go):
             os.close(end)
+
+    def test_locked_memory_moves_and_is_locked_at_home(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory
+    ) -> None:
+        buf = patterned(mm)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mlock(ctypes.c_void_p(buf.addr), ctypes.c_size_t(buf.size)) == 0
+        before = locked_kib()
+        assert before >= buf.size >> 10
+        there = PAGES if "move" in mm.features else 0
+        assert to_device(buf, vram) == there
+        assert locked_kib() == before, "no slot stays locked"
+        assert intact(buf)
+        assert to_device(buf, vram) == there
+        assert pm.migrate_to_system(mm, buf.addr, buf.addr + buf.size) == there
+        assert intact(buf)
+        assert locked_kib() == before
+
+    def test_locked_memory_stays_where_no_more_may_be_locked(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory
+    ) -> None:
+        buf = patterned(mm)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mlock(ctypes.c_void_p(buf.addr), ctypes.c_size_t(buf.size)) == 0
+        with inject("MLOCK", 1, errno.ENOMEM, times=1 << 20):
+            assert errno_of(to_device, buf, vram) == (errno.ENOMEM if "move" in mm.features else 0)
+        assert vram.used == 0
+        assert intact(buf)
 
     def test_locked_memory_stays(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)

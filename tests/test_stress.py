@@ -32,11 +32,11 @@ HUGE_PAGES = 64
 
 
 class Stress:
-    def __init__(self, seed: int, delivery: str = "thread") -> None:
+    def __init__(self, seed: int, delivery: str = "thread", off: tuple[str, ...] = ()) -> None:
         self.seed = seed
         self.stop = False
         self.log: Log = []
-        self.mm = pm.AddressSpace(fault_delivery=delivery)
+        self.mm = pm.AddressSpace(fault_delivery=delivery, disable=off)
         self.mirror = SharedDriver(self.mm, self.log)
         Recorder(self.mm, self.log)
         self.memory = self.map_memory(random.Random(f"{seed} memory"))
