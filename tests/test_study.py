@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +16,16 @@ from typing import Any
 
 import pytest
 import traces
+from hypothesis import given
+from hypothesis import strategies as st
 from seams import needs
 
+from pymirror.cli.study import StudyCommand, _options
 from pymirror.study import Cell, Machine, Options, Report
 from pymirror.study.contender import DriverCounts
 from pymirror.study.contenders import CONTENDERS
-from pymirror.study.ranking import BY_COUNTS, BY_TIME, NOISE, rank
+from pymirror.study.options import MIB
+from pymirror.study.ranking import AGAINST_COUNTS, BY_COUNTS, BY_TIME, NOISE, cost_us, rank
 from pymirror.study.results import Counts, Times
 from pymirror.study.stage import StageCounts
 from pymirror.study.verdict import verdict
@@ -247,13 +254,60 @@ def says(*made: Cell, **options: Any) -> str:
 NOTHING = {"fault_us": 0.0, "invalidation_us": 0.0}
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Options(),
+        Options(seed=123456789, fault_us=1234.5678, rounds=2),
+        Options(workloads=("reuse",), size=MIB),
+    ],
+)
+def test_the_command_that_is_shown_asks_for_the_same(asked: Options) -> None:
+    program, command, *args = shlex.split(asked.command())
+    parser = argparse.ArgumentParser()
+    StudyCommand().prepare_parser(parser)
+    assert (program, command) == ("pymirror", "study")
+    assert _options(parser.parse_args(args)) == asked
+
+
 class TestRanking:
     def places(self, *made: Cell, **options: Any) -> list[tuple[str, int | None, str]]:
         return [(one.cell.driver, one.place, one.by) for one in rank(list(made), Options(**options))]
 
     def test_by_time_where_times_are_apart(self) -> None:
-        found = self.places(cell("a", 10 * NOISE + 0.1, faults=0), cell("b", 10.0, faults=9), **NOTHING)
+        found = self.places(cell("a", 10 * NOISE + 0.1, faults=9), cell("b", 10.0), **NOTHING)
         assert found == [("b", 1, BY_TIME), ("a", 2, BY_TIME)]
+
+    @pytest.mark.parametrize("faults", [9, 0])
+    def test_against_counts_they_must_be_further_apart(self, faults: int) -> None:
+        faster = cell("z", 10.0, faults=9)
+        near, far = (cell("a", 10 * AGAINST_COUNTS + by, faults=faults) for by in (-1, 0))
+        assert self.places(faster, near, **NOTHING) == [("a", 1, BY_COUNTS), ("z", 2, BY_COUNTS)]
+        assert self.places(faster, far, **NOTHING) == [("z", 1, BY_TIME), ("a", 2, BY_TIME)]
+
+    @given(st.lists(st.tuples(st.integers(0, 9), st.floats(1, 20), st.floats(0.6, 1.4)), max_size=6))
+    def test_a_noisy_run_ranks_alike(self, drivers: list[tuple[int, float, float]]) -> None:
+        """But where times contradict the counts, and noise moves them over that one bound."""
+        options = Options(**NOTHING)
+        runs = [
+            [
+                cell(str(n), time * noise**way, faults=faults)
+                for n, (faults, time, noise) in enumerate(drivers)
+            ]
+            for way in (0, 1)
+        ]
+        ranked = [[one.cell for one in rank(made, options)] for made in runs]
+        if all(self.contradicts(made, options) is None for made in ranked):
+            assert [one.driver for one in ranked[0]] == [one.driver for one in ranked[1]]
+
+    def contradicts(self, ranked: list[Cell], options: Options) -> Cell | None:
+        """The first that comes after one which has more counts; times are that far apart then."""
+        for before, after in itertools.combinations(ranked, 2):
+            orders = [(cost_us(one, options), one.driver) for one in (before, after)]
+            if orders[0] > orders[1]:
+                assert after.total_us(options) >= AGAINST_COUNTS * before.total_us(options)
+                return after
+        return None
 
     def test_by_counts_within_noise(self) -> None:
         found = self.places(cell("a", 10.0, faults=9), cell("b", 10 * NOISE - 0.1), **NOTHING)
@@ -261,7 +315,10 @@ class TestRanking:
 
     def test_a_group_is_within_noise_of_its_fastest(self) -> None:
         found = self.places(
-            cell("a", 10.0, faults=9), cell("b", 10 * NOISE - 1), cell("c", 10 * NOISE + 1), **NOTHING
+            cell("a", 10.0),
+            cell("b", 10 * NOISE - 1, faults=1),
+            cell("c", 10 * NOISE + 1, faults=2),
+            **NOTHING,
         )
         assert [by for _, _, by in found] == [BY_COUNTS, BY_COUNTS, BY_TIME]
 
@@ -275,7 +332,7 @@ class TestRanking:
         assert found == [("b", 1, BY_TIME), ("a", None, BY_TIME)]
 
     def test_the_model_counts_as_time(self) -> None:
-        made = cell("a", 10.0, faults=100), cell("b", 20.0)
+        made = cell("a", 10.0, faults=100), cell("b", 40.0)
         assert self.places(*made, **NOTHING)[0][0] == "a"
         assert self.places(*made, fault_us=50.0, invalidation_us=0.0)[0][0] == "b"
 
@@ -288,7 +345,7 @@ class TestSentences:
     def test_within_noise_nobody_is_called_fastest(self) -> None:
         found = says(cell("a", 10.0, faults=5), cell("b", 10.5), **NOTHING)
         assert "fastest" not in found
-        assert "a and b are within noise" in found or "b and a are within noise" in found
+        assert "b and a are not told apart by time (10.0 to 10.5 us for a chunk)" in found
         assert "by counts b comes first: 0 faults" in found
 
     def test_equal_counts_give_no_reason(self) -> None:

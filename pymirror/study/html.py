@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 
 from . import plot
-from .ranking import NOISE, Ranked, rank
+from .ranking import AGAINST_COUNTS, NOISE, Ranked, rank
 from .results import Report
 from .tables import COLUMNS, LEGEND, row
 from .verdict import verdict
@@ -104,7 +104,8 @@ def _says(report: Report) -> Iterable[str]:
             yield f"<p><b>{escape(workload)}</b></p><ul>{items}</ul>"
     yield (
         f'<p class="about">Times that differ by less than {NOISE:g} times, or whose rounds overlap, are taken'
-        " for noise; such drivers are ranked by what was counted, which is the same in every run.</p>"
+        f" for noise, and by less than {AGAINST_COUNTS:g} times where they contradict the counts; such"
+        " drivers are ranked by what was counted, which is the same in every run.</p>"
     )
 
 

@@ -75,7 +75,7 @@ class Options:
         if self.notifier_span:
             words.append(f"--notifier-span {self.notifier_span}")
         words += [
-            f"--{name.replace('_', '-')} {getattr(self, name):g}"
+            f"--{name.replace('_', '-')} {getattr(self, name)}"
             for name in ("fault_us", "invalidation_us", "rounds", "seed")
             if getattr(self, name) != getattr(default, name)
         ]

@@ -60,7 +60,7 @@ def _first(ranked: list[Ranked], options: Options, operation: str) -> Iterator[s
         names = _listed([cell.driver for cell in close])
         times = _span([cell.total_us(options) for cell in close])
         yield (
-            f"{names} are within noise of each other ({times} us for {operation});"
+            f"{names} are not told apart by time ({times} us for {operation});"
             f" {_by_counts(first.cell, close, options)}."
         )
     else:
