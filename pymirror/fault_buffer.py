@@ -164,7 +164,8 @@ class FaultBuffer:
         if self._closed:
             raise self._gone(fault)
         for entry in self._entries:
-            if same_page(entry.fault, fault) and entry.fault.write >= fault.write:
+            # Only with its like: a read may be served where a write is cancelled.
+            if same_page(entry.fault, fault) and strength(entry.fault) == strength(fault):
                 entry.accesses += 1
                 self.stats.coalesced += 1
                 return entry
@@ -222,12 +223,18 @@ def same_page(one: DeviceFault, other: DeviceFault) -> bool:
     return one.mm is other.mm and one.addr == other.addr
 
 
+def strength(fault: DeviceFault) -> tuple[bool, bool]:
+    """How much a fault asks for, in order: an atomic more than a write, a write more than a read."""
+    return fault.atomic, fault.write
+
+
 def coalesce(entries: Iterable[FaultEntry]) -> list[list[FaultEntry]]:
-    """Entries of a batch in order of address, those of one page together, a write before reads.
+    """Entries of a batch in order of address, those of one page together: atomics, writes, reads.
 
     Serve the first of each group: it asks for the most.
     """
-    ordered = sorted(entries, key=lambda entry: (id(entry.fault.mm), entry.fault.addr, not entry.fault.write))
+    ordered = sorted(entries, key=lambda entry: strength(entry.fault), reverse=True)
+    ordered.sort(key=lambda entry: (id(entry.fault.mm), entry.fault.addr))
     groups: list[list[FaultEntry]] = []
     for entry in ordered:
         if groups and same_page(groups[-1][0].fault, entry.fault):

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mirroring import PAGE, as_bytes, filled
-from racing import CHANGES, GONE, changes, in_child
+from racing import CHANGES, GONE, changes, eventually, in_child
 from seams import Background, errno_of, foreign, needs, points
 
 import pymirror as pm
+from pymirror.drivers import svm_devmem
 from pymirror.drivers.svm import Svm
 from pymirror.drivers.svm_range import SvmContext, SvmRange, chunk_of
 
@@ -195,6 +196,30 @@ class TestFaults:
         assert svm.stats.batches == 2
         assert svm.faults.buffer.stats.coalesced == 3
 
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_what_asks_for_less_is_not_cancelled_with_what_asks_for_more(
+        self, svm: Svm, shared: bool
+    ) -> None:
+        """A write joins no atomic in the fault buffer, and a read no write."""
+        buf, device = filled(svm.mm, 32, shared=shared), svm.device
+        at = buf.addr + 20 * PAGE
+        if shared:
+            needs(*DEVICE_MEMORY)
+            more, refused = (lambda: device.atomic_add(svm.mm, at, 1)), errno.EOPNOTSUPP
+            less, seen = (lambda: device.write(svm.mm, at, b"less")), None
+        else:
+            svm.mm.mprotect(at, PAGE, mmap.PROT_READ)
+            more, refused = (lambda: device.write(svm.mm, at, b"more")), errno.EPERM
+            less, seen = (lambda: device.read(svm.mm, at, 4)), bytes(as_bytes(buf)[20 * PAGE : 20 * PAGE + 4])
+        with points("WALK_BEFORE_READ") as point:
+            first = Background(device.read, svm.mm, buf.addr, 4)
+            point.wait()
+            accesses = [Background(errno_of, more), Background(less)]
+            eventually(lambda: svm.faults.buffer.stats.entered + svm.faults.buffer.stats.coalesced >= 3)
+            point.release()
+            first.result()
+            assert [one.result() for one in accesses] == [refused, seen]
+
     def test_a_driver_that_fails_ends_the_access_and_goes_on(
         self, svm: Svm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -287,6 +312,27 @@ class TestNotifiers:
 
 
 class TestPartialUnmap:
+    def test_a_collection_that_fails_is_made_again(
+        self, mm: pm.AddressSpace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Svm(mm, timeout=10.0) as svm:
+            buf, at = aligned(mm)
+            for start in (at, at + HUGE):
+                svm.device.write(mm, start, b"here")
+                mm.munmap(start + PAGE, PAGE)
+
+            def fails(_: SvmRange) -> int:
+                raise pm.MirrorError(errno.ETIMEDOUT, "evict")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(svm._devmem, "evict", fails)
+                assert errno_of(svm.handle_fault, at) == errno.ETIMEDOUT
+            for start in (at + HUGE, at):
+                assert svm.device.read(mm, start, 4) == b"here"
+            assert svm.stats.dropped == 2
+            del buf
+        check_all_gone(svm)
+
     def unmapped(self, mm: pm.AddressSpace, policy: str) -> tuple[Svm, int, pm.Region]:
         svm = Svm(mm, partial_unmap=policy)
         buf, at = aligned(mm)
@@ -471,6 +517,43 @@ class TestDeviceMemory:
         assert errno_of(svm.device.atomic_add, svm.mm, shared.addr, 1) == errno.EOPNOTSUPP
         readonly = svm.mm.mmap(PAGE, prot=mmap.PROT_READ)
         assert errno_of(svm.device.atomic_add, svm.mm, readonly.addr, 1) == errno.EPERM
+
+    def test_an_atomic_on_a_page_that_stayed_behind(self, make: Callable[..., Svm]) -> None:
+        """The rest of its chunk moved; a pinned page cannot be had."""
+        needs("io_uring")
+        svm = make()
+        buf, (start,) = self.chunks(svm, 1)
+        with pm.pin_user_pages(svm.mm, start, 1, pm.FOLL_WRITE | pm.FOLL_LONGTERM):
+            svm.device.write(svm.mm, start, b"12345678")
+            assert svm.vram is not None
+            assert svm.vram.used == HUGE - PAGE
+            assert errno_of(svm.device.atomic_add, svm.mm, start, 1) == errno.EOPNOTSUPP
+            assert svm.device.read(svm.mm, start, 8) == b"12345678"
+        assert svm.device.atomic_add(svm.mm, start, 1) == int.from_bytes(b"12345678", "little")
+        assert ctypes.string_at(start, 8) == b"22345678"
+        del buf
+
+    def test_a_migration_that_fails_is_made_again(
+        self, make: Callable[..., Svm], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        svm = make()
+        buf, (start,) = self.chunks(svm, 1)
+
+        def fails(*_: object) -> int:
+            raise pm.MirrorError(errno.ETIMEDOUT, "migrate")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(svm_devmem, "migrate_to_device", fails)
+            assert errno_of(svm.handle_fault, start) == errno.ETIMEDOUT
+            assert self.there(svm) == []
+        with monkeypatch.context() as patched:
+            svm.device.read(svm.mm, start, 4)
+            assert self.there(svm) == [start]
+            patched.setattr(svm_devmem, "migrate_to_system", fails)
+            assert errno_of(svm.evict, svm.ranges[0]) == errno.ETIMEDOUT
+        assert svm._devmem._make_room(svm.vram, self.SIZE, 0.0)
+        assert self.there(svm) == []
+        del buf
 
     def test_its_own_events_are_filtered(self, make: Callable[..., Svm]) -> None:
         svm = make()

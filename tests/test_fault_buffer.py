@@ -98,7 +98,7 @@ def test_entries_come_in_batches_the_oldest_first(driver: Buffered) -> None:
     assert accesses[2].result() == driver.expected(3)
 
 
-def test_faults_of_a_page_share_an_entry_if_it_asks_for_enough(driver: Buffered) -> None:
+def test_faults_of_a_page_share_an_entry_if_they_ask_for_the_same(driver: Buffered) -> None:
     before = driver.expected(2)
     reads = [driver.read(2), driver.read(2)]
     write = driver.write(2)

@@ -93,7 +93,7 @@ class Svm:
         # Held while a fault is served, over migration and mapping; callbacks do not take it.
         self._svm_lock = threading.Lock()
         self._notifiers: dict[int, SvmNotifier] = {}
-        self._collect: list[SvmRange] = []
+        self._collect: dict[SvmRange, None] = {}
         self._devmem = SvmDevmem(mm, vram, self.notifier_lock, self.stats, clock)
         self.faults = FaultIntake(
             self.device,
@@ -227,7 +227,7 @@ class Svm:
                     continue
                 if update.event is Event.UNMAP:
                     rng.holes.append((max(rng.start, update.start), min(rng.end, update.end)))
-                    self._collect.append(rng)
+                    self._collect[rng] = None
                 elif update.event in (Event.CLEAR, Event.MIGRATE):
                     # The CPU touched it, and it is to move again.
                     rng.resident = False
@@ -308,7 +308,7 @@ class Svm:
         if not atomic:
             self._devmem.migrate(rng, ctx)
             self._get_pages(rng, write)
-        elif not self._to_devmem(rng, ctx):
+        elif not self._to_devmem(rng, addr, ctx):
             map_exclusive(self.retry, self.device, rng.notifier.sub, addr, self.owner)
             self.stats.add(exclusive=1)
             return True
@@ -321,9 +321,10 @@ class Svm:
         self._get_pages(rng, True)
         return not atomic
 
-    def _to_devmem(self, rng: SvmRange, ctx: SvmContext) -> bool:
+    def _to_devmem(self, rng: SvmRange, addr: int, ctx: SvmContext) -> bool:
         if self.vram is None or not ctx.devmem_possible:
             return False
+        self._devmem.check_resident(rng, addr)
         try:
             self._devmem.migrate(rng, replace(ctx, devmem_only=True))
         except MirrorError as refused:
@@ -355,14 +356,15 @@ class Svm:
 
     def _garbage_collect(self) -> None:
         """What callbacks have marked as unmapped."""
-        with self.notifier_lock:
-            collect, self._collect = list(dict.fromkeys(self._collect)), []
-        for rng in collect:
+        while (rng := next(iter(self._collect), None)) is not None:
             if self.partial_unmap == SPLIT and self._split(rng):
                 self.stats.add(split=1)
             elif rng in rng.notifier.find(rng.start, rng.end):
                 self._remove(rng)
                 self.stats.add(dropped=1)
+            with self.notifier_lock:
+                # Not before: where this is cut short, the next fault collects it.
+                self._collect.pop(rng, None)
 
     def _split(self, rng: SvmRange) -> bool:
         """svm_range_split(): what is left of a range become ranges of their own, where they are."""

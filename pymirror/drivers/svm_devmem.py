@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import MirrorError, error
 from ..lock import DriverLock
 from ..migrate import migrate_to_device, migrate_to_system
-from ..walk import PAGE_SHIFT
+from ..walk import PAGE_SHIFT, PAGE_SIZE
 from .svm_range import SvmContext, SvmRange, SvmStats
 
 if TYPE_CHECKING:
@@ -74,14 +74,23 @@ class SvmDevmem:
 
     def evict(self, rng: SvmRange) -> int:
         """drm_gpusvm_range_evict(): bring its pages home; how many came."""
-        self._there.pop(rng, None)
         if self.vram is None or not rng.has_devmem_pages:
+            self._there.pop(rng, None)
             return 0
         home = self._bring_home(self.vram, rng)
+        self._there.pop(rng, None)
         with self._lock:
             rng.has_devmem_pages = rng.resident = False
         self._stats.add(evictions=home > 0, evicted_pages=home)
         return home
+
+    def check_resident(self, rng: SvmRange, addr: int) -> None:
+        """Forget that a range moved if the page at addr did not move with it."""
+        page = addr >> PAGE_SHIFT << PAGE_SHIFT
+        if self.vram is None or not rng.resident or self.vram.holds(page, page + PAGE_SIZE).all():
+            return
+        with self._lock:
+            rng.resident = False
 
     def adopt(self, rng: SvmRange, parent: SvmRange) -> None:
         """A range that was a part of another one."""
@@ -103,21 +112,23 @@ class SvmDevmem:
             rng.has_devmem_pages = rng.resident = True
             rng.since = self._clock()
         self._there[rng] = None
+        moved = 0
         try:
             with self._move_own():
-                moved = migrate_to_device(self.mm, rng.start, rng.end, vram)
+                found = migrate_to_device(self.mm, rng.start, rng.end, vram)
                 # alloc_page() and clear_highpage() for what nobody has touched yet.
                 vram.populate(rng.start, rng.end)
+                moved = found
         except MirrorError as refused:
             if refused.errno not in (errno.EBUSY, errno.EINVAL, errno.ENOSPC):
                 raise
             # Unmapped meanwhile, being forked, or full: it is served where it is.
-            moved = 0
+        finally:
+            if not moved:
+                with self._lock:
+                    rng.resident = False
         if moved:
             self._stats.add(migrations=1, migrated_pages=moved)
-        else:
-            with self._lock:
-                rng.resident = False
         return moved
 
     def _make_room(self, vram: DeviceMemory, size: int, timeslice: float) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ..callback import logger
 from ..device import Device, DeviceFault
 from ..errors import MirrorError, error
-from ..fault_buffer import FaultBuffer, FaultEntry, coalesce
+from ..fault_buffer import FaultBuffer, FaultEntry, coalesce, strength
 from .svm_range import SvmStats
 
 #: Entries of the fault buffer, and how many are served between two replays.
@@ -60,7 +60,7 @@ class FaultIntake:
     def _serve_page(self, group: list[FaultEntry]) -> None:
         """Faults of one page, what asks for most first: what cannot be written may be read still."""
         while group:
-            fault = max((entry.fault for entry in group), key=_strength)
+            fault = group[0].fault
             refused = self._try(fault)
             if refused is None:
                 return
@@ -68,11 +68,11 @@ class FaultIntake:
                 # Not cancelled: it faults again after the replay.
                 self.stats.add(busy=1)
                 return
-            cancelled = [entry for entry in group if _strength(entry.fault) == _strength(fault)]
+            cancelled = [entry for entry in group if strength(entry.fault) == strength(fault)]
             for entry in cancelled:
                 self.buffer.cancel(entry, refused)
             self.stats.add(cancelled=len(cancelled))
-            group = [entry for entry in group if entry not in cancelled]
+            group = group[len(cancelled) :]
 
     def _try(self, fault: DeviceFault) -> MirrorError | None:
         addr = fault.addr
@@ -90,7 +90,3 @@ class FaultIntake:
             logger.exception("%s: serving a fault at %#x failed", self.device.name, addr)
             return error(errno.EIO, "svm: the driver failed", addr=addr, hint="the logger pymirror has it")
         return None
-
-
-def _strength(fault: DeviceFault) -> tuple[bool, bool]:
-    return fault.atomic, fault.write

@@ -79,9 +79,10 @@ class SvmStats(Counts):
 class SvmRange:
     """[start, end) bytes of ``notifier``; the flags are those of drm_gpusvm, under the notifier lock.
 
-    ``valid``: its pages are on the device; ``writable``: all of them for writing. ``resident``: all of it was
-    migrated, and nothing is known to have come home since; ``has_devmem_pages``: some of it may be in device
-    memory still. ``since`` is when it was migrated, for the timeslice. The process unmapped ``holes`` of it.
+    ``valid``: its pages are on the device; ``writable``: all of them for writing. ``resident``: it was
+    migrated, but for pages that do not move, and nothing is known to have come home since;
+    ``has_devmem_pages``: some of it may be in device memory still. ``since`` is when it was migrated, for the
+    timeslice. The process unmapped ``holes`` of it.
     """
 
     notifier: SvmNotifier
