@@ -53,6 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("hugetlb"):
             item.fixturenames.append("hugepages")  # type: ignore[attr-defined]
+    # What changes the machine for all users comes when others' tests, begun together with these, are over.
+    items.sort(key=lambda item: item.get_closest_marker("changes_machine") is not None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

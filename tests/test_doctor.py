@@ -244,6 +244,7 @@ def unprivileged_userfaultfd() -> Iterator[Path]:
 
 
 @pytest.mark.root
+@pytest.mark.changes_machine
 def test_the_sysctl_gives_everybody_a_userfaultfd_of_the_kernel_kind(unprivileged_userfaultfd: Path) -> None:
     unprivileged_userfaultfd.write_text("0")
     refused = check(confine(user=NOBODY), "uffd_kernel")

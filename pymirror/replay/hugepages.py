@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,14 @@ def overcommit(pages: int = _ENOUGH) -> Iterator[str | None]:
     """Allow `pages` surplus huge pages inside the block, and put the limit back.
 
     Gives None, or why there are none: an ordinary user may not set the limit, and has huge pages only where
-    the administrator reserved them.
+    the administrator reserved them; what the limit allows at the moment is another's.
     """
     before = int(_OVERCOMMIT.read_text())
     pool = _pool()
     # Reserved pages are spoken for, and surplus ones count against the limit, whoever has them.
     unreserved = max(0, pool["Free"] - pool["Rsvd"])
-    if unreserved + max(0, before - pool["Surp"]) >= pages:
+    allowed = max(0, before - pool["Surp"]) if os.geteuid() == 0 else 0
+    if unreserved + allowed >= pages:
         yield None
         return
     try:
