@@ -134,6 +134,33 @@ class TestWhatBothDo:
         with driver.lock:
             assert errno_of(driver.read, buf.addr, 1) == errno.EDEADLK
 
+    def test_what_is_put_is_put_once(self, driver: Pinned) -> None:
+        buf = filled(driver.mm, 1)
+        mine, also = (driver.register(buf.addr, 4) for _ in range(2))
+        assert mine is also
+        driver.put(mine)
+        driver.put(also)
+        assert errno_of(driver.put, mine) == errno.EINVAL
+        driver.flush()
+        assert (mine.users, driver.pinned) == (0, 0)
+        with Pinned(driver.mm) as other:
+            theirs = other.register(buf.addr, 4)
+            assert errno_of(driver.put, theirs) == errno.EINVAL
+            other.put(theirs)
+
+    def test_ctrl_c_right_after_the_pin(self, driver: Pinned, monkeypatch: pytest.MonkeyPatch) -> None:
+        buf = filled(driver.mm, 1)
+
+        def strikes(_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(driver, "_cache", strikes)
+            with pytest.raises(KeyboardInterrupt):
+                driver.register(buf.addr, 4)
+        assert (driver.pinned, driver.cached) == (0, [])
+        assert driver.read(buf.addr, 4) == bytes(as_bytes(buf)[:4])
+
 
 class TestTheCache:
     @pytest.fixture(params=[False, True], ids=["blind", "notified"])

@@ -169,6 +169,14 @@ def test_a_notifier_of_another_lock_is_refused(looper: Looper) -> None:
     assert errno_of(RangeRetry, looper.lock, timeout=-1) == errno.EINVAL
 
 
+def test_what_makes_no_sense(looper: Looper) -> None:
+    start = looper.buf.addr
+    for interval in ((start + PAGE, start), (start, start), (start, start + 1)):
+        assert errno_of(looper.retry.fault, looper.sub, *interval, looper.program) == errno.EINVAL
+    for timeout in (-1.0, float("nan")):
+        assert errno_of(RangeRetry, looper.lock, timeout=timeout) == errno.EINVAL
+
+
 def test_it_cannot_be_waited_for_under_the_lock(looper: Looper) -> None:
     with looper.lock:
         assert errno_of(looper.fault) == errno.EDEADLK

@@ -241,6 +241,9 @@ class TestFaults:
         svm.close()
         svm.close()
         assert errno_of(svm.device.read, mm, buf.addr, 4) == errno.ESRCH
+        assert errno_of(svm.handle_fault, buf.addr) == errno.ESRCH
+        assert errno_of(svm.bind, buf.addr, buf.addr + PAGE) == errno.ESRCH
+        check_all_gone(svm)
 
     def test_a_closed_address_space(self) -> None:
         mm = pm.AddressSpace()

@@ -6,15 +6,17 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mirroring import PAGE, as_bytes, filled
+from mirroring import PAGE, as_bytes, filled, invalidate
 from racing import CHANGES, FOREIGN, GONE, changes, in_child
 from seams import Background, errno_of, foreign, needs, points
 
 import pymirror as pm
+from pymirror.drivers import userptr
 from pymirror.drivers.userptr import Read, Userptr, UserptrBo, Write
 
 PAGES = 8
@@ -181,6 +183,44 @@ class TestRestart:
             else:
                 assert running.result() == [bytes(4)]
         assert driver.retry.stats.retries >= 1
+
+    def test_a_callback_cannot_close_an_object_and_nothing_is_changed(self, driver: Userptr) -> None:
+        buf, other = filled(driver.mm, 4), filled(driver.mm, 4)
+        bo = whole(driver, buf)
+        refused: list[int] = []
+
+        def callback(sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, seq: int) -> bool:
+            sub.set_seq(seq)
+            refused.append(errno_of(driver.gem_close, bo))
+            return True
+
+        sub = pm.IntervalNotifier(driver.mm, other.addr, other.size, callback)
+        invalidate(driver.mm, other.addr)
+        sub.remove()
+        assert refused == [errno.EDEADLK]
+        assert driver.submit([Read(bo, 0, 4)]) == [bytes(as_bytes(buf)[:4])]
+
+    def test_closing_anothers_object(self, driver: Userptr) -> None:
+        buf = filled(driver.mm, 1)
+        with Userptr(driver.mm) as other:
+            theirs = whole(other, buf)
+            assert errno_of(driver.gem_close, theirs) == errno.EINVAL
+            assert other.submit([Read(theirs, 0, 4)]) == [bytes(as_bytes(buf)[:4])]
+
+    def test_what_became_valid_at_the_deadline(
+        self, driver: Userptr, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By another thread's job, after this one had looked."""
+        bo = whole(driver, filled(driver.mm, 1), validate=False)
+        looks = iter(range(9))
+
+        def monotonic() -> float:
+            bo.valid = (look := next(looks)) >= 2
+            return 1e9 * look
+
+        monkeypatch.setattr(driver, "_get_user_pages", lambda bo: None)
+        monkeypatch.setattr(userptr, "time", SimpleNamespace(monotonic=monotonic))
+        assert errno_of(driver.submit, [Read(bo, 0, 4)]) == errno.ETIMEDOUT
 
     def test_pages_that_stay_invalid(self, mm: pm.AddressSpace) -> None:
         with Userptr(mm, timeout=0.05) as driver:

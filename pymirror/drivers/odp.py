@@ -103,6 +103,8 @@ class Odp:
     ) -> None:
         if imr_chunk < 1 << PAGE_SHIFT or imr_chunk & (imr_chunk - 1):
             raise _einval(f"imr_chunk={imr_chunk}", "give a power of two, 4096 or more")
+        if not timeout >= 0:
+            raise _einval(f"timeout={timeout}", "give seconds, 0 or more")
         self.mm = mm
         self.device = Device(name) if device is None else device
         self.timeout = timeout

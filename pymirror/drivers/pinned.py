@@ -179,8 +179,18 @@ class Pinned:
             return self._register(start, end)
 
     def put(self, registration: Registration) -> None:
-        """The device is done with it. In the cache it stays pinned; else its last user unpins it."""
+        """The device is done with it. In the cache it stays pinned; else its last user unpins it.
+
+        EINVAL: it has no users, or is another driver's.
+        """
         with self.lock:
+            if registration.users < 1 or registration not in self._held:
+                raise MirrorError(
+                    errno.EINVAL,
+                    f"put: {registration!r}",
+                    addr=registration.start,
+                    hint="put() what register() of the same driver has given, once for each time",
+                )
             registration.users -= 1
             self._free_unused(registration)
             self._evict(self.cache_size)
@@ -274,10 +284,20 @@ class Pinned:
                 self._drop(one)
             self._cache(registration)
 
+        def undo(seen: tuple[PinnedPages, PfnArray]) -> None:
+            """It was invalidated meanwhile, or Ctrl-C struck, wherever that was."""
+            with self.lock:
+                self._forget(registration)
+            self._unpin(*seen, dirty=False)
+
         if not self.notified:
             seen = look(0)
-            with self.lock:
-                program(0, seen)
+            try:
+                with self.lock:
+                    program(0, seen)
+            except BaseException:
+                undo(seen)
+                raise
             return
         registration.notifier = IntervalNotifier(
             self.mm,
@@ -291,7 +311,7 @@ class Pinned:
                 registration.notifier,
                 look,
                 program,
-                undo=lambda seen: self._unpin(*seen, dirty=False),
+                undo=undo,
                 addr=registration.start,
             )
         except BaseException:
@@ -342,12 +362,21 @@ class Pinned:
 
     def _drop(self, registration: Registration) -> None:
         """Out of the cache, and unpinned if nobody uses it; with the lock held, in callbacks too."""
+        self._uncache(registration)
+        self._free_unused(registration)
+
+    def _uncache(self, registration: Registration) -> None:
         if registration.cached:
             registration.cached = False
             self._cached_bytes -= len(registration)
             del self._lru[registration.start]
             del self._starts[bisect_left(self._starts, registration.start)]
-        self._free_unused(registration)
+
+    def _forget(self, registration: Registration) -> None:
+        """As if it had never been made; its pin is the caller's."""
+        self._uncache(registration)
+        self._held.discard(registration)
+        registration.users = 0
 
     def _free_unused(self, registration: Registration) -> None:
         if registration.cached or registration.users or registration not in self._held:

@@ -65,7 +65,7 @@ class RangeRetry:
         stats: RetryStats | None = None,
     ) -> None:
         """``stats`` are shared by the loops of a driver that has several locks. EINVAL: time-out below 0."""
-        if timeout < 0:
+        if not timeout >= 0:
             raise MirrorError(errno.EINVAL, f"RangeRetry: timeout {timeout}", hint="give seconds, 0 or more")
         self.lock = lock
         self.timeout = timeout
@@ -88,7 +88,7 @@ class RangeRetry:
         Arguments as hmm_range_fault(); ``pfns`` are requests, which every round begins with anew. Errors as
         hmm_range_fault() and run(), and what ``program`` raises.
         """
-        requests = np.zeros((end - start) >> PAGE_SHIFT, np.uint64) if pfns is None else pfns
+        requests = np.zeros(max(0, end - start) >> PAGE_SHIFT, np.uint64) if pfns is None else pfns
 
         def look(seq: int) -> PfnArray:
             found = requests.copy()

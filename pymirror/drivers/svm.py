@@ -92,6 +92,7 @@ class Svm:
         self.stats = SvmStats()
         # Held while a fault is served, over migration and mapping; callbacks do not take it.
         self._svm_lock = threading.Lock()
+        self._closed = False
         self._notifiers: dict[int, SvmNotifier] = {}
         self._collect: dict[SvmRange, None] = {}
         self._devmem = SvmDevmem(mm, vram, self.notifier_lock, self.stats, clock)
@@ -113,6 +114,7 @@ class Svm:
         may_wait("svm: close")
         self.faults.close()
         with self._svm_lock:
+            self._closed = True
             self._garbage_collect()
             for rng in self.ranges:
                 self._remove(rng)
@@ -162,6 +164,7 @@ class Svm:
         ctx = self.ctx if ctx is None else ctx
         sizes = self.chunk_sizes
         with self._svm_lock:
+            self._check_open()
             for _ in range(_ATTEMPTS):
                 self._garbage_collect()
                 found = self._find_or_insert(addr, write or atomic, ctx, sizes)
@@ -199,6 +202,7 @@ class Svm:
         ctx = self.ctx if ctx is None else ctx
         moved = 0
         with self._svm_lock:
+            self._check_open()
             self._garbage_collect()
             at = start
             while at < end:
@@ -239,6 +243,10 @@ class Svm:
         return invalidated(self.notifier_lock, update, take_off)
 
     # From here on with _svm_lock held.
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MirrorError(errno.ESRCH, "svm: the driver is closed", hint="make another one")
 
     def _find_or_insert(
         self, addr: int, write: bool, ctx: SvmContext, sizes: Sequence[int] | None = None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ..callback import may_wait
 from ..device import Device, DeviceFault
 from ..errors import MirrorError, error
 from ..event import MmuNotifierRange
@@ -169,9 +170,20 @@ class Userptr:
         return bo
 
     def gem_close(self, bo: UserptrBo) -> None:
-        """DRM_IOCTL_GEM_CLOSE: off the device, no callback any more. Idempotent. EDEADLK in a callback."""
+        """DRM_IOCTL_GEM_CLOSE: off the device, no callback any more. Idempotent.
+
+        EINVAL: another driver's object. EDEADLK in a callback and under a driver lock.
+        """
         if os.getpid() != self.mm.pid:
             return
+        may_wait("gem_close")
+        if bo.driver is not self:
+            raise MirrorError(
+                errno.EINVAL,
+                f"gem_close: {bo!r} is of another driver",
+                addr=bo.start,
+                hint="close it where it was made",
+            )
         with self.notifier_lock:
             bo.closed = True
         bo.notifier.remove()
@@ -221,8 +233,9 @@ class Userptr:
             with self.notifier_lock:
                 if all(bo.valid for bo in bos):
                     return
+                invalid = next(bo for bo in bos if not bo.valid)
             if time.monotonic() > deadline:
-                raise self._no_progress(next(bo for bo in bos if not bo.valid).start)
+                raise self._no_progress(invalid.start)
 
     def _get_user_pages(self, bo: UserptrBo) -> None:
         """amdgpu_ttm_tt_get_user_pages(), and the pages into the device's page table."""
