@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -107,9 +107,13 @@ class Trace:
                 active = None
         if os.getpid() != self._pid:
             return
-        for span in list(self._open.values()):
+        unfinished = []
+        # One by one, for others end meanwhile.
+        while self._open:
+            with suppress(KeyError):
+                unfinished.append(self._open.popitem()[1])
+        for span in sorted(unfinished, key=lambda span: span.begun):
             self._write("B", span.track, span.row, span.name, span.begun, args=span.args)
-        self._open.clear()
         about = {
             "version": f"pymirror {_version.__version__}",
             "clock": "CLOCK_MONOTONIC",
@@ -178,6 +182,7 @@ class Trace:
 
     def _leave(self) -> None:
         """In a forked child."""
+        self._open.clear()
         self._file.forget()
 
 

@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from .errors import MirrorError
@@ -22,6 +23,7 @@ _AGE = 1.0
 
 _HEAD = b'{"traceEvents":[\n'
 _TAIL = b"\n]}\n"
+_COMMA = b",\n"
 
 
 class TraceFile:
@@ -44,7 +46,6 @@ class TraceFile:
         self._fd = _open(self.path)
         self._end = 0
         self._put(_HEAD)
-        self._first = True
         self._written = time.monotonic()
 
     def add(self, event: dict[str, Any]) -> None:
@@ -56,9 +57,8 @@ class TraceFile:
             if self._end + self._buffered + len(line) > self.limit:
                 self.dropped += 1
                 return
-            self._lines.append(line if self._first else b",\n" + line)
-            self._first = False
-            self._buffered += len(self._lines[-1])
+            self._lines.append(line)
+            self._buffered += len(line) + len(_COMMA)
             self.events += 1
             if self._buffered >= _BUFFER or time.monotonic() - self._written >= _AGE:
                 self.flush()
@@ -67,7 +67,10 @@ class TraceFile:
         """Write what is kept."""
         with self._lock:
             lines, self._lines, self._buffered = self._lines, [], 0
-            self._put(b"".join(lines))
+            if lines:
+                # By what is there, not by what was asked for: Ctrl-C may have lost it.
+                first = self._end == len(_HEAD)
+                self._put((b"" if first else _COMMA) + _COMMA.join(lines))
             self._written = time.monotonic()
 
     def close(self, about: dict[str, Any]) -> None:
@@ -84,7 +87,8 @@ class TraceFile:
                 os.close(fd)
 
     def forget(self) -> None:
-        """Close it without a write: it is another process's."""
+        """Close it without a write: it is another process's, whose threads may have held the lock."""
+        self._lock = threading.RLock()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -98,9 +102,10 @@ class TraceFile:
             os.ftruncate(self._fd, self._end + len(tail))
         except OSError as error:
             self.error = error
-            # What stood there before was whole, and had room.
-            os.ftruncate(self._fd, self._end)
-            _write_all(self._fd, _TAIL, self._end)
+            # What stood there before was whole, and had room; a disk that is gone has none.
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._end)
+                _write_all(self._fd, _TAIL, self._end)
 
 
 def _open(path: str) -> int:

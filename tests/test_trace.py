@@ -19,6 +19,7 @@ from seams import needs
 
 import pymirror as pm
 from pymirror import trace
+from pymirror.trace import Track
 
 MADV_DONTNEED = 4
 ROOT = Path(__file__).parent.parent
@@ -200,6 +201,39 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(
     assert json.loads(path.read_text())["traceEvents"] == []
 
 
+def test_a_disk_that_is_gone_ends_the_trace_and_nothing_else(
+    mm: pm.AddressSpace, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pwrite(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pm.Trace(path) as written, monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", pwrite)
+        for _ in range(2000):
+            mm.mmap(PAGE).close()
+    assert written._file.error is not None
+    assert "Input/output error" in caplog.text
+
+
+def test_ctrl_c_in_a_write_loses_its_events_and_no_comma(
+    mm: pm.AddressSpace, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pwrite(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with pm.Trace(path) as written:
+        trace.instant(Track.RETRY, "lost", mm)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", pwrite)
+            with pytest.raises(KeyboardInterrupt):
+                written._file.flush()
+        trace.instant(Track.RETRY, "kept", mm)
+        written._file.flush()
+        trace.instant(Track.RETRY, "kept", mm)
+    kept = [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
+    assert kept == ["kept", "kept"]
+
+
 def test_only_one_at_a_time(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     with pm.Trace(path), pytest.raises(pm.MirrorError) as refused:
@@ -230,6 +264,32 @@ def test_a_forked_child_writes_nothing(mm: pm.AddressSpace, path: Path) -> None:
             os._exit(0 if ok else 1)
         assert os.waitpid(pid, 0)[1] == 0
     assert len(traces.of_track(traces.load(path), "CPU operations")) == 2
+
+
+def test_a_span_that_a_fork_falls_into_ends_in_the_child_too(mm: pm.AddressSpace, path: Path) -> None:
+    """Also where another thread was writing at that moment."""
+    writing, go = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with written._file._lock:
+            writing.set()
+            go.wait(10)
+
+    with pm.Trace(path) as written:
+        writer = threading.Thread(target=write)
+        writer.start()
+        writing.wait(10)
+        with trace.span(Track.OPERATION, "fork", mm):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(10)
+        if pid == 0:
+            written.close()
+            os._exit(0)
+        go.set()
+        writer.join()
+        assert os.waitpid(pid, 0)[1] == 0
+    assert [event["name"] for event in traces.spans(traces.load(path))] == ["fork"]
 
 
 def test_threads_have_rows_of_their_own(mm: pm.AddressSpace, path: Path) -> None:
