@@ -112,6 +112,18 @@ uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n)
     return *n ? pm_devmem_slots(vram, addr, *n) : 0;
 }
 
+uint64_t pm_devmem_blocks(struct pm_devmem *vram, uint64_t *n)
+{
+    uint64_t first = unused_block(vram), run = 0;
+    uint64_t most = pm_min(*n, (vram->limit - vram->used) >> PM_HUGE_ORDER);
+
+    most = vram->aim_slot ? 0 : pm_min(most, vram->nblocks - first);
+    while (run < most && !vram->blocks[first + run].used)
+        run++;
+    *n = run;
+    return vram->base + first * PM_HUGE_SIZE;
+}
+
 /* The addresses of a block's slots. */
 static uint64_t *back_of(struct pm_devices *devices, struct pm_block *block)
 {
@@ -203,8 +215,15 @@ int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_
     return 0;
 }
 
-/* Slots in a row, in one block. */
-static void free_slots(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot, uint64_t n)
+/* The page tables of unused blocks go: where one is, a huge page would have to be split to be moved in. */
+static void drop_tables(uint64_t start, uint64_t end)
+{
+    if (start < end)
+        pm_sys_madvise(start, end - start, MADV_DONTNEED);
+}
+
+/* Slots in a row, in one block. Is the block unused now? */
+static bool free_slots(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot, uint64_t n)
 {
     struct pm_block *block = &vram->blocks[block_of(vram, slot)];
 
@@ -217,12 +236,11 @@ static void free_slots(struct pm_devices *devices, struct pm_devmem *vram, uint6
     vram->used -= n;
     block->used -= n;
     if (block->used)
-        return;
+        return false;
     if (block->back)
         pm_node_free(devices, block->back);
     block->back = NULL;
-    /* The page tables go: where one is, a huge page would have to be split to be moved in. */
-    pm_sys_madvise(slot & ~(PM_HUGE_SIZE - 1), PM_HUGE_SIZE, MADV_DONTNEED);
+    return true;
 }
 
 /* Slots for a run of pages: how many there was room for. */
@@ -289,8 +307,8 @@ int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns)
 
         if (slot < vram->base || block >= vram->nblocks || !vram->blocks[block].back)
             continue;
-        if (vram->blocks[block].back[place_of(slot)] == PM_RESERVED)
-            free_slots(mm->devices, vram, slot, 1);
+        if (vram->blocks[block].back[place_of(slot)] == PM_RESERVED && free_slots(mm->devices, vram, slot, 1))
+            drop_tables(slot & ~(PM_HUGE_SIZE - 1), (slot | (PM_HUGE_SIZE - 1)) + 1);
     }
     pm_unlock(mm);
     return 0;
@@ -330,10 +348,11 @@ int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret)
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
 {
     struct pm_devices *devices = mm->devices;
-    uint64_t end = addr + (n << PM_PAGE_SHIFT), run;
+    uint64_t end = addr + (n << PM_PAGE_SHIFT), run, unused = 0, unused_end = 0;
 
     for (; addr < end; addr += run << PM_PAGE_SHIFT) {
         uint64_t *whole = pm_resident_whole(devices, addr), slot = pm_resident(devices, addr);
+        uint64_t block = slot & ~(PM_HUGE_SIZE - 1);
 
         run = pm_min(PM_HUGE_PAGES - place_of(slot), pm_resident_run(devices, addr, end));
         if (whole && run == PM_HUGE_PAGES) {
@@ -343,8 +362,15 @@ void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
             memset(pm_resident_at(devices, addr, false), 0, run * sizeof(*whole));
         }
         devices->stats.resident -= run;
-        free_slots(devices, pm_devmem_of(devices, slot), slot, run);
+        if (!free_slots(devices, pm_devmem_of(devices, slot), slot, run))
+            continue;
+        if (block != unused_end) {
+            drop_tables(unused, unused_end);
+            unused = block;
+        }
+        unused_end = block + PM_HUGE_SIZE;
     }
+    drop_tables(unused, unused_end);
 }
 
 void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end)

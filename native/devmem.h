@@ -23,6 +23,8 @@ static inline uint64_t pm_pfn_slot(uint64_t pfn)
 }
 
 enum { PM_RESERVED = 1 };
+/* 2 MiB ranges of huge pages that move in one hold of the device lock, at most. */
+enum { PM_STRETCH = 32 };
 
 struct pm_block {
     uint64_t whole; /* a 2 MiB range is in all of it, from this address on, and `back` is promised; or 0 */
@@ -96,6 +98,8 @@ static inline uint64_t pm_resident(struct pm_devices *devices, uint64_t addr)
 }
 /* The first resident page at or after *addr and before end. */
 bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end);
+/* How many whole 2 MiB ranges in a row, from addr on and before end, have blocks in a row of one memory. */
+uint64_t pm_resident_stretch(struct pm_devices *devices, uint64_t addr, uint64_t end);
 /* How many pages from addr on, before end and in its 2 MiB, have slots in a row, and the same bits. */
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end);
 /*
@@ -120,6 +124,8 @@ uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n);
 /* The same, or as a migration aims, at slots set aside for it; 0 where there is no room. *n becomes what
  * there is room for. */
 uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n);
+/* The same for whole 2 MiB ranges in a row, *n of them: the first of unused blocks in a row. */
+uint64_t pm_devmem_blocks(struct pm_devmem *vram, uint64_t *n);
 bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
 /* So that noting pages there will not fail: 0 or -ENOMEM. Undone by the note, or by pm_devmem_unready(). */
 int pm_devmem_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n);

@@ -26,7 +26,7 @@ static bool is_there(uint64_t entry)
 static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len)
 {
     struct uffdio_copy copy = {.dst = addr, .src = slot, .mode = UFFDIO_COPY_MODE_DONTWAKE};
-    uint64_t seen[PM_HUGE_PAGES], n = len >> PM_PAGE_SHIFT, run = 1;
+    uint64_t seen[PM_HUGE_PAGES], n = pm_min(len >> PM_PAGE_SHIFT, PM_HUGE_PAGES), run = 1;
     int err = pm_pagemap_fill(mm, slot, n, seen);
 
     if (err)
@@ -84,6 +84,14 @@ static int64_t move_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_
     return err ? err : PM_PAGE_SIZE;
 }
 
+/* Bytes from addr on, before end, that go by one call: huge pages in a row, or what is in one 2 MiB range. */
+static uint64_t run_home(struct pm_devices *devices, uint64_t addr, uint64_t end)
+{
+    uint64_t whole = pm_resident_stretch(devices, addr, end);
+
+    return whole ? whole * PM_HUGE_SIZE : pm_resident_run(devices, addr, end) << PM_PAGE_SHIFT;
+}
+
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only)
 {
     struct pm_devices *devices = mm->devices;
@@ -91,14 +99,14 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
 
     for (uint64_t addr = start; pm_resident_next(devices, &addr, end); addr += (uint64_t)got) {
         uint64_t entry = pm_resident_word(devices, addr), slot = pm_page_down(entry);
-        uint64_t limit = pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE), len;
+        uint64_t len;
         /* What is to be read-only is not touched before it is. */
         bool wakes = entry & PM_RESIDENT_WRITE;
 
         got = PM_PAGE_SIZE;
         if (only && pm_devmem_of(devices, slot) != only)
             continue;
-        got = (int64_t)(pm_resident_run(devices, addr, limit) << PM_PAGE_SHIFT);
+        got = (int64_t)run_home(devices, addr, end);
         if (pm_lifting(mm, slot, (uint64_t)got >> PM_PAGE_SHIFT))
             return -EAGAIN;
         len = (uint64_t)got;
@@ -120,7 +128,22 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
     return total;
 }
 
-/* The next 2 MiB range of [*addr, end) that has resident pages. */
+/* How far one hold of the lock goes: a 2 MiB range, or of huge pages many, which take no longer. */
+static uint64_t step_end(struct pm_mm *mm, uint64_t addr, uint64_t end)
+{
+    uint64_t most = pm_min(end, addr + PM_STRETCH * PM_HUGE_SIZE), slot;
+    uint64_t len = pm_resident_stretch(mm->devices, addr, most) * PM_HUGE_SIZE;
+
+    if (len > PM_HUGE_SIZE && pm_have(mm, PM_FEAT_UFFD_MOVE)) {
+        slot = pm_resident(mm->devices, addr);
+        len = (pm_pagemap_huge_end(mm, slot, slot + len) - slot) & ~(PM_HUGE_SIZE - 1);
+        if (len)
+            return addr + len;
+    }
+    return pm_min(end, (addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
+}
+
+/* The next step of [*addr, end) that has resident pages. */
 static int64_t home_step(struct pm_mm *mm, uint64_t *addr, uint64_t end, const struct pm_devmem *only)
 {
     int64_t got = 0;
@@ -128,7 +151,7 @@ static int64_t home_step(struct pm_mm *mm, uint64_t *addr, uint64_t end, const s
 
     pm_lock(mm);
     if (pm_resident_next(mm->devices, addr, end)) {
-        next = pm_min(end, (*addr & ~(PM_HUGE_SIZE - 1)) + PM_HUGE_SIZE);
+        next = step_end(mm, *addr, end);
         pm_drain_writes(mm, *addr, next - 1, pm_now_ns() + drain_limit_ns);
         got = pm_home(mm, *addr, next, only);
     }

@@ -152,6 +152,79 @@ static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const 
     return 0;
 }
 
+/* How many of n 2 MiB ranges in a row have nothing on a device, and will be noted without fail. */
+static uint64_t ready_stretch(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n)
+{
+    uint64_t ready = 0;
+
+    for (uint64_t at; ready < n; ready++, addr += PM_HUGE_SIZE, slot += PM_HUGE_SIZE) {
+        at = addr;
+        if (pm_resident_next(vram->mm->devices, &at, addr + PM_HUGE_SIZE) ||
+            pm_devmem_ready(vram, addr, slot, PM_HUGE_PAGES))
+            break;
+    }
+    return ready;
+}
+
+/* Of n 2 MiB ranges that are ready this many bytes have moved. */
+static void note_stretch(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, uint64_t bytes,
+                         bool writable)
+{
+    bool all[PM_HUGE_PAGES];
+
+    memset(all, writable, sizeof(all));
+    vram->mm->devices->stats.to_device += bytes >> PM_PAGE_SHIFT;
+    for (uint64_t moved; n; n--, addr += PM_HUGE_SIZE, slot += PM_HUGE_SIZE, bytes -= moved) {
+        moved = pm_min(bytes, PM_HUGE_SIZE);
+        if (moved)
+            pm_devmem_note_ready(vram, addr, slot, PM_HUGE_PAGES, moved >> PM_PAGE_SHIFT, all);
+        else
+            pm_devmem_unready(vram, addr, slot, PM_HUGE_PAGES);
+    }
+}
+
+/* With the lock held: bytes that moved, 0: none, or an errno. */
+static int64_t move_stretch(struct pm_devmem *vram, uint64_t addr, uint64_t end, bool writable)
+{
+    uint64_t n = (end - addr) / PM_HUGE_SIZE, slot = pm_devmem_blocks(vram, &n);
+    int64_t got = 0;
+
+    n = ready_stretch(vram, addr, slot, n);
+    if (n)
+        got = pm_move_pages(vram->mm->arena_fd, slot, addr, n * PM_HUGE_SIZE, 0);
+    note_stretch(vram, addr, slot, n, got > 0 ? (uint64_t)got : 0, writable);
+    return got;
+}
+
+/*
+ * From *addr on, huge pages that are alike, by one call. What moves is this process's own, so whether it was
+ * writable is what the scan says of its protection. Whatever stops it is for move_out_range() to deal with.
+ */
+static int move_out_huge(struct pm_devmem *vram, uint64_t *addr, uint64_t end, uint64_t *moved)
+{
+    const uint64_t kinds = PM_ABI_PAGE_IS_WRITTEN | PM_ABI_PAGE_IS_PFNZERO;
+    uint64_t most = pm_min(end, *addr + PM_STRETCH * PM_HUGE_SIZE), kind = 0;
+    int64_t got;
+    int err;
+
+    if (*addr % PM_HUGE_SIZE || end - *addr < PM_HUGE_SIZE || vram->exclusive)
+        return 0;
+    most = pm_pagemap_huge_alike(vram->mm, *addr, most & ~(PM_HUGE_SIZE - 1), kinds, &kind);
+    most &= ~(PM_HUGE_SIZE - 1);
+    if (most <= *addr)
+        return 0;
+    err = pm_lock_quiet(vram->mm, *addr, most);
+    if (err)
+        return err;
+    got = move_stretch(vram, *addr, most, kind != 0);
+    pm_unlock(vram->mm);
+    if (got > 0) {
+        *addr += (uint64_t)got;
+        *moved += (uint64_t)got >> PM_PAGE_SHIFT;
+    }
+    return 0;
+}
+
 /* Pages that a fork has shared do not move, not even when the child has gone. Not known for sure, but likely.
  */
 static bool may_be_shared(const struct pm_mm *mm, uint64_t entry)
@@ -357,6 +430,11 @@ static int move_out_vma(struct pm_devmem *vram, const struct pm_vma *vma, uint64
     if (way == MOVE && set_missing(vram->mm, vma, start, end))
         return 0;
     while (!err && start < end) {
+        uint64_t before = start;
+
+        err = way == MOVE ? move_out_huge(vram, &start, end, moved) : 0;
+        if (err || start != before)
+            continue;
         uint64_t step = vram->exclusive ? PM_HUGE_SIZE / 2 : PM_HUGE_SIZE; /* it splits huge pages */
         uint64_t next = pm_min(end, (start & ~(step - 1)) + step);
 

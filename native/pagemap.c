@@ -139,9 +139,7 @@ bool pm_pagemap_is(struct pm_mm *mm, uint64_t addr, uint64_t category)
     return pm_have(mm, PM_FEAT_PAGEMAP_SCAN) && pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) > 0;
 }
 
-/* The first page of [start, end) that no huge page maps; `end` if there is none, `start` if nothing can be
- * told. */
-static uint64_t first_small(struct pm_mm *mm, uint64_t start, uint64_t end)
+uint64_t pm_pagemap_huge_end(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_abi_page_region region;
     struct pm_abi_scan_arg scan = {
@@ -155,11 +153,32 @@ static uint64_t first_small(struct pm_mm *mm, uint64_t start, uint64_t end)
         .category_mask = PM_ABI_PAGE_IS_HUGE,
         .return_mask = PM_ABI_PAGE_IS_HUGE,
     };
-    int n = pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan);
+    int n = pm_have(mm, PM_FEAT_PAGEMAP_SCAN) ? pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) : -1;
 
     if (n < 0)
         return start;
     return n ? region.start : end;
+}
+
+uint64_t pm_pagemap_huge_alike(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t kinds, uint64_t *kind)
+{
+    struct pm_abi_page_region region;
+    struct pm_abi_scan_arg scan = {
+        .size = sizeof(scan),
+        .start = start,
+        .end = end,
+        .vec = (uintptr_t)&region,
+        .vec_len = 1,
+        .return_mask = kinds | PM_ABI_PAGE_IS_HUGE,
+    };
+
+    /* It ends where the next region would begin. Of small pages that could be far. */
+    if (!pm_pagemap_is(mm, start, PM_ABI_PAGE_IS_HUGE) ||
+        pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) != 1 ||
+        !(region.categories & PM_ABI_PAGE_IS_HUGE))
+        return start;
+    *kind = region.categories & kinds;
+    return region.end;
 }
 
 /*
@@ -183,7 +202,7 @@ static bool find_huge(struct pm_mm *mm, const struct pm_rules *rules, uint64_t s
             end++;
         uint64_t from = start + (pieces[i].first << PM_PAGE_SHIFT);
         uint64_t to = start + ((pieces[end - 1].first + pieces[end - 1].n) << PM_PAGE_SHIFT);
-        uint64_t small = first_small(mm, from, to);
+        uint64_t small = pm_pagemap_huge_end(mm, from, to);
 
         while (i < end && start + ((pieces[i].first + pieces[i].n) << PM_PAGE_SHIFT) <= small) {
             pieces[i++].huge = true;

@@ -27,6 +27,12 @@ struct pm_rules pm_rules_of(const struct pm_vma *vma);
 int pm_pagemap_fill(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret);
 /* Has the page a category of PAGEMAP_SCAN? Without the call: not known, false. */
 bool pm_pagemap_is(struct pm_mm *mm, uint64_t addr, uint64_t category);
+/* The end of what huge pages map from `start` on, `start` if they map nothing there or nothing can be told.
+ */
+uint64_t pm_pagemap_huge_end(struct pm_mm *mm, uint64_t start, uint64_t end);
+/* The same, of those alike: *kind becomes what of `kinds`, categories of PAGEMAP_SCAN, all of them have. */
+uint64_t pm_pagemap_huge_alike(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t kinds,
+                               uint64_t *kind);
 /*
  * Turn the raw entries of n <= PM_BLOCK_PAGES pages, that cross at most PM_BLOCK_HUGE PMD ranges, into HMM
  * pfns in place. Returns the bits that all of them have.

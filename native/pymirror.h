@@ -157,6 +157,8 @@ enum pm_watch_flag {
  * (another userfaultfd has them) are passed over. Returns the number of bytes now watched in the interval.
  */
 int64_t pm_watch(pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags);
+/* Is all of it watched? 1, or 0: no, or it cannot be told while an event is unread; or -ESRCH. */
+int pm_watch_has(pm_mm *mm, uint64_t start, uint64_t end);
 int pm_unwatch(pm_mm *mm, uint64_t start, uint64_t end);
 
 /* Sequence numbers. */

@@ -239,6 +239,21 @@ uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end
     return n;
 }
 
+uint64_t pm_resident_stretch(struct pm_devices *devices, uint64_t addr, uint64_t end)
+{
+    const uint64_t *word = addr % PM_HUGE_SIZE ? NULL : pm_resident_whole(devices, addr);
+    uint64_t first = word ? *word : 0, n = 0;
+    const struct pm_devmem *vram = word ? pm_devmem_of(devices, pm_page_down(first)) : NULL;
+
+    for (; word && addr + PM_HUGE_SIZE <= end; addr += PM_HUGE_SIZE) {
+        if (*word != first + n * PM_HUGE_SIZE || *word - vram->base >= vram->nblocks * PM_HUGE_SIZE)
+            break;
+        n++;
+        word = pm_resident_whole(devices, addr + PM_HUGE_SIZE);
+    }
+    return n;
+}
+
 bool pm_resident_huge(struct pm_mm *mm, uint64_t addr)
 {
     uint64_t slot = pm_resident(mm->devices, addr);

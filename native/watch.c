@@ -384,6 +384,17 @@ int64_t pm_watch(pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags)
     return ret;
 }
 
+int pm_watch_has(pm_mm *mm, uint64_t start, uint64_t end)
+{
+    int ret = pm_mm_enter(mm);
+
+    if (ret)
+        return ret;
+    ret = mm->uffd >= 0 && !pm_events_unread(mm) && pm_watched(mm, start, end);
+    pm_mm_exit(mm);
+    return ret;
+}
+
 /* Vma by vma, as one that cannot be registered makes the kernel refuse the whole. */
 static void unregister(struct pm_mm *mm, uint64_t start, uint64_t end)
 {

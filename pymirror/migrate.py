@@ -77,6 +77,8 @@ def migrate_to_system(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
 
 def watch_movable(mm: AddressSpace, start: int, end: int) -> None:
     """Watch what may move, private mappings of files with it."""
+    if lib.pm_watch_has(mm.native, start, end) == 1:
+        return
     mm.watch(start, end)
     for vma in mm._walk(start, end):
         if vma.file and not vma.shared:

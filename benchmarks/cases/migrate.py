@@ -147,9 +147,9 @@ def fault_back_stream(scale: Scale) -> Iterator[Sides]:
 def migrate(scale: Scale, ways: int, *, huge: bool, extra_ns: float = 0) -> Iterator[Sides]:
     """256 MiB there and home. ``ways``: what of it is timed."""
     size = scale.size(256 * pm.MiB, multiple=HUGE_PAGE)
-    npages = size // PAGE
+    npages, page = size // PAGE, HUGE_PAGE if huge else PAGE
     with (
-        floor("migrate", size, int(huge), ways, work=npages) as bare,
+        floor("migrate", size, int(huge), ways, work=size // page) as bare,
         on_device(size, pages=huge_pages if huge else small_pages) as device,
     ):
 
@@ -160,7 +160,7 @@ def migrate(scale: Scale, ways: int, *, huge: bool, extra_ns: float = 0) -> Iter
             home = device.home()
             end = perf_counter_ns()
             expect(out == home == npages, f"{out} pages out and {home} home of {npages}")
-            expect(bool((device.memory.bytes[::PAGE] == 1).all()), "bytes were lost")
+            expect(bool((device.memory.bytes[::page] == 1).all()), "bytes were lost")
             return (halfway - start if ways & THERE else 0) + (end - halfway if ways & HOME else 0)
 
         def with_extra() -> float:

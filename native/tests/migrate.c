@@ -262,6 +262,41 @@ static void huge_pages_move_whole(void)
     free_pages(area, 2 * HUGE);
 }
 
+/* Huge pages in a row go together, and what is between them, or in their way, as it can. */
+static void huge_pages_in_a_row_move(void)
+{
+    enum { HUGE = 512, N = 40, SIZE = (N + 1) * HUGE };
+    char *area = new_pages(SIZE), *row = (char *)((addr_of(area) + HUGE * PAGE - 1) & -(HUGE * PAGE));
+    char *gap = row + 7 * HUGE * PAGE, *there = row + 9 * HUGE * PAGE;
+    pm_devmem *large = NULL;
+    uint64_t moved = 0;
+
+    NEED_VRAM();
+    NEED_EQ(madvise(row, N * HUGE * PAGE, MADV_HUGEPAGE), 0);
+    for (int i = 0; i < N * HUGE; i++)
+        memset(row + i * PAGE, i % 113 + 1, PAGE);
+    CHECK_EQ(pm_devmem_create(mm, (N - 2) * HUGE * PAGE, 8, &large), 0);
+    CHECK(pm_watch(mm, addr_of(row), addr_of(row) + N * HUGE * PAGE, PM_WATCH_EXACT) > 0);
+    madvise(gap + 5 * PAGE, PAGE, MADV_DONTNEED);
+    CHECK_EQ(out(there + 100 * PAGE, 3), 3);
+    /* Two do not have room; three pages are in the other memory. */
+    CHECK_EQ(pm_migrate_to_device(large, addr_of(row), addr_of(row) + N * HUGE * PAGE, &moved), -ENOSPC);
+    CHECK(moved > (N - 4) * HUGE && moved <= (N - 2) * HUGE);
+    CHECK_EQ(pm_devmem_used(large), moved);
+    CHECK_EQ(stats().resident, moved + 3);
+    CHECK_EQ(home(row + PAGE, 2 * HUGE), 2 * HUGE);
+    CHECK_EQ(stats().resident, moved + 3 - 2 * HUGE);
+    home(row, N * HUGE);
+    CHECK_EQ(stats().resident, 0);
+    for (int i = 0; i < N * HUGE; i++) {
+        char want = row + i * PAGE == gap + 5 * PAGE ? 0 : (char)(i % 113 + 1);
+
+        CHECK(row[i * PAGE] == want && row[i * PAGE + PAGE - 1] == want);
+    }
+    CHECK_EQ(pm_devmem_destroy(large), 0);
+    free_pages(area, SIZE);
+}
+
 static void closing_brings_all_home(void)
 {
     NEED_VRAM();
@@ -352,6 +387,7 @@ int main(int argc, char **argv)
         TEST(what_is_moved_goes_with_it),
         TEST(a_child_has_what_was_there),
         TEST(huge_pages_move_whole),
+        TEST(huge_pages_in_a_row_move),
         TEST(closing_brings_all_home),
         TEST(it_ends_where_it_is_full),
         TEST(other_memory_stays),
