@@ -36,6 +36,7 @@ _turn = threading.Lock()
 class Track(StrEnum):
     """What a row of the time line is about; each thread that has such events has a row of its own."""
 
+    RUN = "runs"
     OPERATION = "CPU operations"
     INVALIDATION = "invalidations"
     CALLBACK = "callbacks"

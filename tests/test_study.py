@@ -137,6 +137,7 @@ def test_a_study_can_be_traced(runs: list[Json]) -> None:
     events = traces.load(runs[1]["folder"] / "trace.json")
     found = {event.get("cat") for event in events}
     assert found >= {
+        "runs",
         "CPU operations",
         "invalidations",
         "callbacks",
@@ -144,6 +145,10 @@ def test_a_study_can_be_traced(runs: list[Json]) -> None:
         "DMA maps",
         "pins",
     }
+    parts = [(event["name"], event["args"]["round"]) for event in traces.of_track(events, "runs")]
+    assert parts == [
+        (f"{one.name}: {driver}", number) for number in (1, 2) for one in WORKLOADS for driver in DRIVERS
+    ]
     # What makes svm retry, a fork's write protection, an ordinary user's kernel does not tell of.
     assert "retries" in found or not any(cell["counts"]["retries"] for cell in runs[1]["cells"])
 

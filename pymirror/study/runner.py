@@ -8,6 +8,7 @@ import gc
 import time
 from collections.abc import Callable
 
+from .. import trace
 from .._version import __version__
 from ..errors import FeatureError, MirrorError
 from ..mm import AddressSpace
@@ -47,7 +48,9 @@ def run(options: Options, progress: Progress = silent) -> Report:
     for number in range(options.rounds):
         for step, (workload, driver, cell) in enumerate(pairs):
             progress(f"{workload.name}: {driver.name}", (number * len(pairs) + step) / steps)
-            if cell.left_out is None:
+            if cell.left_out is not None:
+                continue
+            with trace.span(trace.Track.RUN, f"{workload.name}: {driver.name}", None, round=number + 1):
                 _measure(workload, driver, options, cell)
     report.seconds = time.monotonic() - begin
     return report
