@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -12,6 +13,8 @@ import pytest
 from seams import errno_of, needs
 
 import pymirror as pm
+from pymirror.device_memory import NEEDS
+from pymirror.drivers import dmirror
 from pymirror.drivers.dmirror import PROT_PMD, PROT_READ, PROT_WRITE, Dmirror, Quirks
 from pymirror.replay import read_pages
 from pymirror.replay.child import ForkedChild
@@ -122,6 +125,27 @@ def test_memory_that_stays_invalid_is_given_up(mm: pm.AddressSpace, open_mirror:
     region = mm.mmap(PAGE)
     with mm.invalidate(region.addr, region.addr + PAGE):
         assert errno_of(lambda: mirror.read(region.addr, 1)) == errno.ETIMEDOUT
+
+
+def test_a_page_that_is_touched_before_it_is_mapped_is_not_had(
+    mm: pm.AddressSpace, open_mirror: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs(*NEEDS[mm.fault_delivery])
+    mirror = open_mirror()
+    region = mm.mmap(2 * PAGE)
+    mirror.write(region.addr, b"x" * (2 * PAGE))
+    really = dmirror.make_device_exclusive_range
+
+    def touched(mm: pm.AddressSpace, start: int, end: int, owner: object) -> object:
+        had = really(mm, start, end, owner)
+        ctypes.memset(start, 7, PAGE)
+        return had
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dmirror, "make_device_exclusive_range", touched)
+        assert errno_of(lambda: mirror.exclusive(region.addr, 2)) == errno.EBUSY
+    assert mirror.read(region.addr, 2).data == bytes([7]) * PAGE + b"x" * PAGE
+    assert mirror.exclusive(region.addr, 2).data == bytes([7]) * PAGE + b"x" * PAGE
 
 
 def test_a_fork_leaves_shared_memory_mapped(mm: pm.AddressSpace, open_mirror: Open) -> None:

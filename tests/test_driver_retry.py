@@ -88,6 +88,13 @@ def test_a_change_before_the_lock_is_taken_makes_it_go_again(looper: Looper) -> 
     assert looper.retry.stats.moved == 3
 
 
+@pytest.mark.parametrize("refusal", [False, np.False_])
+def test_a_program_that_refuses_is_called_again(looper: Looper, refusal: object) -> None:
+    answers = [refusal, None]
+    looper.retry.run(looper.sub, lambda seq: seq, lambda seq, seen: answers.pop(0))
+    assert answers == []
+
+
 def test_a_page_table_that_refuses_makes_it_go_again(looper: Looper) -> None:
     answers = [False, False, True]
     looper.retry.run(looper.sub, lambda seq: None, lambda seq, found: answers.pop(0))

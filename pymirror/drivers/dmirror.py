@@ -10,7 +10,6 @@ and nowhere else; a driver of one's own should not imitate them.
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from ..pfn import (
 )
 from ..vma import find_vma
 from .kpageflags import in_large_folio
+from .retry import RangeRetry, invalidated
 
 PAGE = 4096
 WHOLE_MM = 1 << 64
@@ -132,9 +132,8 @@ class Dmirror:
     """One open test device mirroring `mm`.
 
     Commands come one at a time, as through one file descriptor; use two devices for two mirrors. Errors
-    are MirrorError: EFAULT (hole, or no access), EPERM (write to a read-only vma), EBUSY or ETIMEDOUT
-    (invalidated for longer than the quirks' fault_timeout), EINVAL (misaligned), ESRCH (the address space
-    is closed).
+    are MirrorError: EFAULT (hole, or no access), EPERM (write to a read-only vma), EBUSY (invalidated for
+    longer than the quirks' fault_timeout), EINVAL (misaligned), ESRCH (the address space is closed).
     """
 
     def __init__(
@@ -148,13 +147,14 @@ class Dmirror:
         self.mm = mm
         self.quirks = quirks
         self.device = Device(name)
-        self.lock = DriverLock()
+        self.lock = DriverLock("dmirror->mutex")
+        self.retry = RangeRetry(self.lock, timeout=quirks.fault_timeout)
         self._request: _Request | None = None
         self._fail_alloc = False
         self._kind = kind
         self.memory = self._new_memory()
         self.device.set_fault_handler(self._device_fault)
-        self.notifier = IntervalNotifier(mm, 0, WHOLE_MM, self._invalidate)
+        self.notifier = IntervalNotifier(mm, 0, WHOLE_MM, self._invalidate, update_lock=self.lock)
 
     def close(self) -> None:
         """Stop mirroring; pages in the device's memory come home. Idempotent."""
@@ -233,17 +233,20 @@ class Dmirror:
         if self.quirks.large_folios_not_had and self._split_large(start, end):
             raise error(errno.EBUSY, "dmirror: exclusive access to a large folio", addr=start, mm=self.mm)
         try:
-            pfns = make_device_exclusive_range(self.mm, start, end, None).pfns
+            make_device_exclusive_range(self.mm, start, end, None)
         except MirrorError as refused:
             raise error(errno.EBUSY, "dmirror: exclusive access", addr=start, mm=self.mm) from refused
-        self.mm.sync()
-        if not pfns.all():
+
+        def look(seq: int) -> PfnArray:
+            self.mm.sync()
+            # To READ they are like others, a WRITE faults.
+            return exclusive_pfns(self.mm, start, end) & np.uint64(~HMM_PFN_WRITE & (1 << 64) - 1)
+
+        def program(seq: int, pfns: PfnArray) -> bool:
+            return not pfns.all() or self.device.page_table.map(self.notifier, seq, start, pfns)
+
+        if not self.retry.run(self.notifier, look, program, addr=start).all():
             raise error(errno.EBUSY, "dmirror: exclusive access to a part", addr=start, mm=self.mm)
-        # To READ they are like others, a WRITE faults.
-        pfns &= np.uint64(~HMM_PFN_WRITE & (1 << 64) - 1)
-        seq = self.notifier.read_begin(self.quirks.fault_timeout)
-        with self.lock:
-            self.device.page_table.map(self.notifier, seq, start, pfns)
 
     def _split_large(self, start: int, end: int) -> bool:
         """Whether there is a page of a large folio, whose PMD is split then, and the folio is not."""
@@ -419,44 +422,35 @@ class Dmirror:
         choose: Callable[[PfnArray], PfnArray] | None = None,
     ) -> PfnArray:
         """hmm_range_fault() with the retry rule. Gives the pfns; maps those that `choose` leaves."""
-        pfns = np.zeros((end - start) // PAGE, np.uint64)
-        deadline = time.monotonic() + self.quirks.fault_timeout
-        while True:
+
+        def look(seq: int) -> PfnArray:
             # What came home for this fault is told of late: its callback must not drop what is mapped next.
             self.mm.sync()
-            seq = self.notifier.read_begin(self.quirks.fault_timeout)
-            try:
-                hmm_range_fault(
-                    self.notifier,
-                    start,
-                    end,
-                    pfns,
-                    default_flags=flags,
-                    seq=seq,
-                    dev_private_owner=self.device,
-                )
-                with self.lock:
-                    if choose is None and not self.notifier.read_retry(seq):
-                        return pfns
-                    if choose and self.device.page_table.map(self.notifier, seq, start, choose(pfns)):
-                        return pfns
-            except MirrorError as refused:
-                if refused.errno != errno.EBUSY:
-                    raise
-            if time.monotonic() >= deadline:
-                raise error(errno.EBUSY, "dmirror: invalidated again and again", addr=start, mm=self.mm)
+            pfns = np.zeros((end - start) // PAGE, np.uint64)
+            hmm_range_fault(
+                self.notifier,
+                start,
+                end,
+                pfns,
+                default_flags=flags,
+                seq=seq,
+                dev_private_owner=self.device,
+            )
+            return pfns
+
+        def program(seq: int, pfns: PfnArray) -> bool:
+            return choose is None or self.device.page_table.map(self.notifier, seq, start, choose(pfns))
+
+        return self.retry.run(self.notifier, look, program, addr=start)
 
     def _invalidate(self, sub: IntervalNotifier, update: MmuNotifierRange, cur_seq: int) -> bool:
-        if not self.lock.acquire(-1 if update.blockable else 0):
-            return False
-        try:
+        def take_off() -> None:
             sub.set_seq(cur_seq)
             own = update.event is Event.MIGRATE and update.owner is self.device
             overrun = 0 if own and self.quirks.own_migrations else self.quirks.overrun_pages
             self.device.page_table.clear(update.start, min(update.end + overrun * PAGE, WHOLE_MM))
-        finally:
-            self.lock.release()
-        return True
+
+        return invalidated(self.lock, update, take_off)
 
     def _protections(self, start: int, pfns: PfnArray) -> bytes:
         """Snapshot bytes of HMM pfns."""

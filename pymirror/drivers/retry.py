@@ -166,7 +166,7 @@ class RangeRetry:
         done = False
         try:
             with self.lock:
-                done = not sub.read_retry(seq) and program(seq, seen) is not False
+                done = not sub.read_retry(seq) and not _refuses(program(seq, seen))
         except MirrorError as refused:
             if refused.errno != errno.EBUSY:
                 raise
@@ -194,6 +194,11 @@ class RangeRetry:
             mm=sub.mm,
             hint="AddressSpace.dump() shows what invalidates it; then go again",
         )
+
+
+def _refuses(answer: object) -> bool:
+    """Whether a program has answered False, numpy's too, rather than nothing or anything else."""
+    return isinstance(answer, bool | np.bool_) and not answer
 
 
 def invalidated(lock: DriverLock, update: MmuNotifierRange, take_off: Callable[[], object]) -> bool:
