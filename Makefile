@@ -86,6 +86,8 @@ set -e; fail() { echo "make build: $$1" >&2; exit 1; }; \
 command -v $(PYTHON) >/dev/null || fail "no $(PYTHON) here; name an interpreter: make PYTHON=python3.12"; \
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	fail "needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12"; \
+$(PYTHON) -c 'import sys; sys.exit(not getattr(sys, "_is_gil_enabled", lambda: True)())' || \
+	fail "$(PYTHON) runs without its global lock, which pymirror rests on; name another: make PYTHON=python3.12"; \
 $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	fail "$(PYTHON) has no venv with pip; on Debian and Ubuntu: apt install python3-venv"; \
 command -v $(firstword $(CC)) >/dev/null || fail "no C compiler ($(CC)); on Debian and Ubuntu: apt install gcc libc6-dev"; \

@@ -8,6 +8,10 @@ against the real memory of this process.
 from __future__ import annotations
 
 from ._version import __version__
+from .interpreter import refusal as _refusal
+
+if _why := _refusal():
+    raise ImportError(_why)
 
 try:
     from ._shim import ffi as _ffi

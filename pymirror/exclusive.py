@@ -21,7 +21,7 @@ from .affected import PAGE_SIZE
 from .device_memory import NEEDS, DeviceMemory
 from .errors import check, error
 from .event import Event
-from .migrate import check_handler, check_migration, watch_movable
+from .migrate import check_handler, check_migration, check_other_userfaultfd, watch_movable
 from .mm_base import check_pages
 
 if TYPE_CHECKING:
@@ -90,12 +90,13 @@ def make_device_exclusive(mm: AddressSpace, addr: int, owner: Any) -> DeviceExcl
     It is faulted for writing first. Event EXCLUSIVE with ``owner`` goes to the notifiers before; what that
     owner has already stays its own, and nobody is told: a driver may call it between read_begin() and
     read_retry(), which are void for that one time. EFAULT: a hole, or memory that may not be written. EBUSY:
-    the page cannot be had: it is pinned, or of shared memory or a file. EINVAL; ENOMEM; ESRCH; EDEADLK in a
-    callback, under a driver lock and under read_lock(); EOPNOTSUPP.
+    the page cannot be had: it is pinned, of shared memory or a file, or another userfaultfd has it.
+    EINVAL; ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock(); EOPNOTSUPP.
     """
     page = make_device_exclusive_range(mm, addr, addr + PAGE_SIZE, owner)
     if page.pfns[0]:
         return page
+    check_other_userfaultfd(mm, "make_device_exclusive", addr, addr + PAGE_SIZE)
     raise error(
         errno.EBUSY,
         "make_device_exclusive: the page cannot be had",

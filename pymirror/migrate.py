@@ -17,6 +17,7 @@ from .errors import MirrorError, check
 from .features import memlock_command
 from .mm_base import check_pages
 from .ops import PROT_READ
+from .other_userfaultfd import vma_of_other_userfaultfd
 
 if TYPE_CHECKING:
     from .device_memory import DeviceMemory
@@ -33,16 +34,16 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
 
     EINVAL: no interval of whole pages, or, after what precedes it has moved, a hole or a vma that cannot be
     read. ENOSPC: it is larger than the device memory. EBUSY: a fork or madvise of another thread does not
-    end, or, with inline delivery, a handler of SIGBUS was installed over pymirror's. EXDEV: the device memory
-    has pages of another address space. EOPNOTSUPP, FeatureError: this kernel or user cannot have device
-    memory. ENOMEM: also locked memory beyond RLIMIT_MEMLOCK; ESRCH; EDEADLK in a callback, under a driver
-    lock and under read_lock().
+    end; with inline delivery, a handler of SIGBUS was installed over pymirror's; or no page has moved, and
+    another userfaultfd has the memory. EXDEV: the device memory has pages of another address space.
+    EOPNOTSUPP, FeatureError: this kernel or user cannot have device memory. ENOMEM: also locked memory beyond
+    RLIMIT_MEMLOCK; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock().
     """
     what = "migrate_to_device"
     check_migration(mm, what, start, end)
     moved, total = ffi.new("uint64_t *"), 0
     with vram._serving(mm, what) as native:
-        watch_movable(mm, start, end)
+        watched = watch_movable(mm, start, end)
         while True:
             with mm._migrating(what, start, end, vram.owner):
                 ret = lib.pm_migrate_to_device(native, start, end, moved)
@@ -54,6 +55,8 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
         check_handler(mm, what)
     hint = f"free some memory; for locked memory: {memlock_command()}" if ret == -errno.ENOMEM else None
     check(ret, what, addr=_first_refused(mm, start, end) if ret == -errno.EINVAL else start, mm=mm, hint=hint)
+    if not total and watched < end - start:
+        check_other_userfaultfd(mm, what, start, end)
     return int(total)
 
 
@@ -75,14 +78,15 @@ def migrate_to_system(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
             return 0
 
 
-def watch_movable(mm: AddressSpace, start: int, end: int) -> None:
-    """Watch what may move, private mappings of files with it."""
+def watch_movable(mm: AddressSpace, start: int, end: int) -> int:
+    """Watch what may move, private mappings of files too; gives the bytes that are watched but for these."""
     if lib.pm_watch_has(mm.native, start, end) == 1:
-        return
-    mm.watch(start, end)
+        return end - start
+    watched = mm.watch(start, end)
     for vma in mm._walk(start, end):
         if vma.file and not vma.shared:
             mm.watch(max(start, vma.start), min(end, vma.end), files=True)
+    return watched
 
 
 def bring_home(
@@ -120,6 +124,22 @@ def check_handler(mm: AddressSpace, what: str) -> None:
             hint="take it away (faulthandler.disable()); install it before the first migration, then it gets"
             " what is not pymirror's",
         )
+
+
+def check_other_userfaultfd(mm: AddressSpace, what: str, start: int, end: int) -> None:
+    """EBUSY where a vma of [start, end) is registered with a userfaultfd that is not this address space's."""
+    vma = vma_of_other_userfaultfd(mm, start, end)
+    if vma is None:
+        return
+    addr = max(start, vma.start)
+    raise MirrorError(
+        errno.EBUSY,
+        f"{what}: another userfaultfd of this process has this memory, and a vma can have but one",
+        addr=addr,
+        vma=vma,
+        hint="end the other registration (UFFDIO_UNREGISTER, or close the other AddressSpace), or leave this"
+        " memory out",
+    )
 
 
 def check_migration(mm: AddressSpace, what: str, start: int, end: int) -> None:
