@@ -364,17 +364,16 @@ class TestSentences:
             fault_us=1.0,
             invalidation_us=0.0,
         )
-        assert "would take the same if a device fault cost 20.0 us (here 1)" in found
+        assert "would take the same if the device took 20.0 us a fault (here 1)" in found
 
     def test_no_cost_of_faults_is_blamed_that_is_not_theirs(self) -> None:
         found = says(cell("odp", 50.0, faults=100), cell("pinned", 10.0, pages_pinned=1))
-        assert "with faults for nothing odp would take 50.0 us, 5.0 times as much as pinned" in found
+        assert "with 0 us for it odp would take 50.0 us, 5.0 times as much as pinned" in found
 
     @pytest.mark.parametrize("faults", [0, 100])
     def test_nothing_is_said_of_faults_within_noise(self, faults: int) -> None:
         found = says(cell("odp", 10.0, faults=faults), cell("pinned", 11.0, pages_pinned=1), **NOTHING)
-        assert "fault cost" not in found
-        assert "for nothing" not in found
+        assert "a fault" not in found
 
     def test_wrong_bytes_and_rounds_that_differ(self) -> None:
         bad = cell("a", 10.0, stale_reads=7)

@@ -130,7 +130,7 @@ def _tipping(ranked: list[Ranked], options: Options) -> Iterator[str]:
         return
     if mirror_us > pin_us:
         yield (
-            f"That is not the cost of a device fault: with faults for nothing {mirror.driver} would take"
+            f"That is not what the device takes for a fault: with 0 us for it {mirror.driver} would take"
             f" {_us(mirror_us)} us, {mirror_us / pin_us:.1f} times as much as {pin.driver}."
         )
         return
@@ -138,8 +138,8 @@ def _tipping(ranked: list[Ranked], options: Options) -> Iterator[str]:
     # No device takes longer than that: it would say nothing.
     if tipping <= _LONGEST_FAULT_US:
         yield (
-            f"{mirror.driver} and {pin.driver} would take the same if a device fault cost {_us(tipping)} us"
-            f" (here {options.fault_us:g}); below that {mirror.driver} is faster."
+            f"{mirror.driver} and {pin.driver} would take the same if the device took {_us(tipping)} us a"
+            f" fault (here {options.fault_us:g}); below that {mirror.driver} is faster."
         )
 
 
