@@ -15,8 +15,12 @@ from seams import Background
 
 import pymirror as pm
 from pymirror.drivers.counts import Counts, take
+from pymirror.drivers.odp import IB_ACCESS_ON_DEMAND, Odp
+from pymirror.drivers.pinned import Pinned
 from pymirror.drivers.retry import invalidated
 from pymirror.drivers.segments import dma_segments
+from pymirror.drivers.svm import Svm
+from pymirror.drivers.userptr import Userptr
 
 PAGE, BASE = 4096, 7 << 20
 
@@ -48,6 +52,19 @@ def test_counts_of_many_threads_are_all_there() -> None:
     for thread in threads:
         thread.result()
     assert counts.as_dict() == {"one": 2000, "two": 4000}
+
+
+def test_drivers_tell_what_they_are_with_their_locks_held(mm: pm.AddressSpace) -> None:
+    """A hung process is looked at from wherever it is."""
+    with Odp(mm) as odp, Svm(mm) as svm, Userptr(mm) as userptr, Pinned(mm) as pinned:
+        odp.reg_user_mr(mm.mmap(4096).addr, 4096, IB_ACCESS_ON_DEMAND)
+        with svm.notifier_lock, userptr.notifier_lock, pinned.lock:
+            told = [repr(one) for one in (odp, svm, userptr, pinned, svm.retry)]
+    assert told[0].startswith("<Odp 'mlx5_0' 1 regions, RetryStats(begun=0")
+    assert told[1].startswith("<Svm 'gpu0' 0 notifiers, SvmStats(batches=0")
+    assert told[2].startswith("<Userptr 'amdgpu' 0 objects, UserptrStats(jobs=0")
+    assert told[3].startswith("<Pinned 'pinned' 0 registrations, PinnedStats(hits=0")
+    assert told[4].startswith("<RangeRetry 'gpusvm->notifier_lock' 1.0 s, RetryStats(begun=0")
 
 
 def test_what_is_left_for_later_is_taken_once() -> None:

@@ -129,7 +129,7 @@ class StudyCommand:
         if args.plot is not None:
             plot.save(report, args.plot)
         if args.html is not None:
-            Path(args.html).write_text(html.page(report))
+            Path(args.html).write_text(html.page(report), "utf-8")
         if args.json:
             json.dump(to_json(report), sys.stdout, indent=2)
             print()

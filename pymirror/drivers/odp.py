@@ -122,6 +122,9 @@ class Odp:
         for mr in list(self._mrs.values()):
             self.dereg_mr(mr)
 
+    def __repr__(self) -> str:
+        return f"<Odp {self.device.name!r} {len(self._mrs)} regions, {self.retries}>"
+
     def __enter__(self) -> Odp:
         return self
 

@@ -150,6 +150,9 @@ class Pinned:
                 errno.EBUSY, f"close: {used!r}", addr=used.start, hint="put() it when the device is done"
             )
 
+    def __repr__(self) -> str:
+        return f"<Pinned {self.device.name!r} {len(self._held)} registrations, {self.stats}>"
+
     def __enter__(self) -> Pinned:
         return self
 

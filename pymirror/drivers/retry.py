@@ -71,6 +71,9 @@ class RangeRetry:
         self.timeout = timeout
         self.stats = RetryStats() if stats is None else stats
 
+    def __repr__(self) -> str:
+        return f"<RangeRetry {self.lock.name!r} {self.timeout} s, {self.stats}>"
+
     def fault(
         self,
         sub: IntervalNotifier,

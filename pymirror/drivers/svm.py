@@ -121,6 +121,9 @@ class Svm:
             for notifier in self.notifiers:
                 self._remove_notifier(notifier)
 
+    def __repr__(self) -> str:
+        return f"<Svm {self.device.name!r} {len(self._notifiers)} notifiers, {self.stats}>"
+
     def __enter__(self) -> Svm:
         return self
 

@@ -142,6 +142,9 @@ class Userptr:
         for bo in list(self._bos):
             self.gem_close(bo)
 
+    def __repr__(self) -> str:
+        return f"<Userptr {self.device.name!r} {len(self._bos)} objects, {self.stats}>"
+
     def __enter__(self) -> Userptr:
         return self
 
