@@ -155,7 +155,7 @@ class TestWhatBothDo:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(driver, "_cache", strikes)
+            patched.setattr(driver, "_evict", strikes)
             with pytest.raises(KeyboardInterrupt):
                 driver.register(buf.addr, 4)
         assert (driver.pinned, driver.cached) == (0, [])

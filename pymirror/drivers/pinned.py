@@ -14,8 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from bisect import bisect_left, bisect_right, insort
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ..notifier import IntervalNotifier
 from ..pfn import PfnArray
 from ..walk import PAGE_SIZE, check_interval
 from .counts import Counts, take
+from .registration_cache import Registration, RegistrationCache
 from .retry import HMM_RANGE_DEFAULT_TIMEOUT, RangeRetry, invalidated
 from .segments import dma_segments
 
@@ -61,31 +61,6 @@ class PinnedStats(Counts):
     merges: int = 0
     evictions: int = 0
     invalidations: int = 0
-
-
-class Registration:
-    """[start, end) bytes pinned and mapped for the device. Made by Pinned.register(), given back by put().
-
-    ``daddrs`` is uint64, one DMA address a 4 KiB page. ``users`` hold it; ``cached``: look-ups find it.
-    """
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start = start
-        self.end = end
-        self.users = 0
-        self.cached = False
-        self.dirty = False
-        self.notifier: IntervalNotifier | None = None
-        self.pin: PinnedPages | None = None
-        self.daddrs: PfnArray | None = None
-
-    def __len__(self) -> int:
-        """Bytes."""
-        return self.end - self.start
-
-    def __repr__(self) -> str:
-        state = "cached" if self.cached else "not cached"
-        return f"<Registration {self.start:#x}-{self.end:#x} {state}, {self.users} users>"
 
 
 class Pinned:
@@ -117,9 +92,7 @@ class Pinned:
         self.lock = DriverLock("pinned->update")
         self.retry = RangeRetry(self.lock, timeout=timeout)
         self._registering = threading.Lock()
-        self._lru: OrderedDict[int, Registration] = OrderedDict()
-        self._starts: list[int] = []
-        self._cached_bytes = 0
+        self._cache = RegistrationCache()
         self._held: set[Registration] = set()
         self._removable: deque[IntervalNotifier] = deque()
 
@@ -133,7 +106,7 @@ class Pinned:
     def cached(self) -> list[Registration]:
         """What look-ups find, the least recently used first."""
         with self.lock:
-            return list(self._lru.values())
+            return list(self._cache)
 
     def close(self) -> None:
         """Give everything back. Idempotent, and quiet in a forked child. EDEADLK in a callback.
@@ -174,7 +147,7 @@ class Pinned:
         with self._registering:
             self._reap()
             with self.lock:
-                if (found := self._look_up(start, end)) is not None:
+                if (found := self._cache.look_up(start, end)) is not None:
                     found.users += 1
                     self.stats.add(hits=1)
                     return found
@@ -231,7 +204,7 @@ class Pinned:
         may_wait("flush")
         with self._registering:
             with self.lock:
-                for registration in list(self._lru.values()):
+                for registration in list(self._cache):
                     self._drop(registration)
             self._reap()
 
@@ -242,7 +215,7 @@ class Pinned:
     def _register(self, start: int, end: int) -> Registration:
         """One of its own, or one for all that it overlaps: registrations in the cache do not."""
         with self.lock:
-            overlapping = self._overlapping(start, end)
+            overlapping = self._cache.overlapping(start, end)
         if overlapping:
             union = min(start, overlapping[0].start), max(end, overlapping[-1].end)
             # What was cached may not be there any more.
@@ -285,7 +258,8 @@ class Pinned:
             self.stats.add(registrations=1, pages=seen[0].npages)
             for one in instead_of:
                 self._drop(one)
-            self._cache(registration)
+            self._cache.add(registration)
+            self._evict(self.cache_size)
 
         def undo(seen: tuple[PinnedPages, PfnArray]) -> None:
             """It was invalidated meanwhile, or Ctrl-C struck, wherever that was."""
@@ -333,51 +307,20 @@ class Pinned:
 
         return invalidated(self.lock, update, take_out)
 
-    def _cache(self, registration: Registration) -> None:
-        registration.cached = True
-        self._lru[registration.start] = registration
-        insort(self._starts, registration.start)
-        self._cached_bytes += len(registration)
-        self._evict(self.cache_size)
-
-    def _look_up(self, start: int, end: int) -> Registration | None:
-        at = bisect_right(self._starts, start) - 1
-        if at < 0 or (found := self._lru[self._starts[at]]).end < end:
-            return None
-        self._lru.move_to_end(found.start)
-        return found
-
-    def _overlapping(self, start: int, end: int) -> list[Registration]:
-        """In order of address; with the lock held."""
-        first = max(0, bisect_right(self._starts, start) - 1)
-        found = [self._lru[at] for at in self._starts[first : bisect_left(self._starts, end)]]
-        return [one for one in found if one.end > start]
-
     def _evict(self, size: int) -> None:
         """Down to so many bytes in the cache, of what nobody uses; with the lock held."""
-        if self._cached_bytes <= size:
-            return
-        for registration in [one for one in self._lru.values() if not one.users]:
+        for registration in self._cache.beyond(size):
             self.stats.add(evictions=1)
             self._drop(registration)
-            if self._cached_bytes <= size:
-                return
 
     def _drop(self, registration: Registration) -> None:
         """Out of the cache, and unpinned if nobody uses it; with the lock held, in callbacks too."""
-        self._uncache(registration)
+        self._cache.discard(registration)
         self._free_unused(registration)
-
-    def _uncache(self, registration: Registration) -> None:
-        if registration.cached:
-            registration.cached = False
-            self._cached_bytes -= len(registration)
-            del self._lru[registration.start]
-            del self._starts[bisect_left(self._starts, registration.start)]
 
     def _forget(self, registration: Registration) -> None:
         """As if it had never been made; its pin is the caller's."""
-        self._uncache(registration)
+        self._cache.discard(registration)
         self._held.discard(registration)
         registration.users = 0
 

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -319,7 +318,7 @@ class Svm:
         if not atomic:
             self._devmem.migrate(rng, ctx)
             self._get_pages(rng, write)
-        elif not self._to_devmem(rng, addr, ctx):
+        elif not self._devmem.migrate_for_atomic(rng, addr, ctx):
             map_exclusive(self.retry, self.device, rng.notifier.sub, addr, self.owner)
             self.stats.add(exclusive=1)
             return True
@@ -331,18 +330,6 @@ class Svm:
         self._devmem.evict(rng)
         self._get_pages(rng, True)
         return not atomic
-
-    def _to_devmem(self, rng: SvmRange, addr: int, ctx: SvmContext) -> bool:
-        if self.vram is None or not ctx.devmem_possible:
-            return False
-        self._devmem.check_resident(rng, addr)
-        try:
-            self._devmem.migrate(rng, replace(ctx, devmem_only=True))
-        except MirrorError as refused:
-            if refused.errno != errno.EBUSY or ctx.devmem_only:
-                raise
-            return False
-        return True
 
     def _get_pages(self, rng: SvmRange, write: bool) -> None:
         """drm_gpusvm_range_get_pages(), and the device's page table."""

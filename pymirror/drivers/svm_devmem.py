@@ -7,6 +7,7 @@ import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import MirrorError, error
@@ -84,13 +85,22 @@ class SvmDevmem:
         self._stats.add(evictions=home > 0, evicted_pages=home)
         return home
 
-    def check_resident(self, rng: SvmRange, addr: int) -> None:
-        """Forget that a range moved if the page at addr did not move with it."""
+    def migrate_for_atomic(self, rng: SvmRange, addr: int, ctx: SvmContext) -> bool:
+        """Move all of a range, with the page at addr; whether it is there. Errors as migrate()."""
+        if self.vram is None or not ctx.devmem_possible:
+            return False
         page = addr >> PAGE_SHIFT << PAGE_SHIFT
-        if self.vram is None or not rng.resident or self.vram.holds(page, page + PAGE_SIZE).all():
-            return
-        with self._lock:
-            rng.resident = False
+        if rng.resident and not self.vram.holds(page, page + PAGE_SIZE).all():
+            # It stayed behind.
+            with self._lock:
+                rng.resident = False
+        try:
+            self.migrate(rng, replace(ctx, devmem_only=True))
+        except MirrorError as refused:
+            if refused.errno != errno.EBUSY or ctx.devmem_only:
+                raise
+            return False
+        return True
 
     def adopt(self, rng: SvmRange, parent: SvmRange) -> None:
         """A range that was a part of another one."""
