@@ -99,6 +99,20 @@ INLINE bool replace(uint64_t *p, uint64_t n, struct pm_run old, struct pm_run ne
     return (off & ~loose) == 0;
 }
 
+INLINE void set(uint64_t *p, uint64_t n, struct pm_run run)
+{
+    const vec lanes = {0, 1, 2, 3};
+    vec next = ALL(run.first) + lanes * ALL(run.step);
+    uint64_t i = 0;
+
+    for (; i + LANES <= n; i += LANES) {
+        *(vec *)(p + i) = next;
+        next += ALL(LANES * run.step);
+    }
+    for (; i < n; i++)
+        p[i] = run.first + i * run.step;
+}
+
 INLINE void hide(uint64_t *p, uint64_t n)
 {
     uint64_t i = 0;
@@ -259,6 +273,7 @@ EACH(uint64_t, convert, (uint64_t *entries, uint64_t n, const struct pm_conversi
 EACH(bool, replace,
      (uint64_t *entries, uint64_t n, struct pm_run old, struct pm_run new, uint64_t loose, uint64_t *common),
      (entries, n, old, new, loose, common))
+EACH(void, set, (uint64_t *entries, uint64_t n, struct pm_run run), (entries, n, run))
 EACH(void, hide, (uint64_t *entries, uint64_t n), (entries, n))
 EACH(bool, same_requests, (const uint64_t *pfns, uint64_t n, uint64_t mask, uint64_t flags, uint64_t *ret),
      (pfns, n, mask, flags, ret))

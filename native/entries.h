@@ -29,6 +29,8 @@ uint64_t pm_entries_convert(uint64_t *entries, uint64_t n, const struct pm_conve
  */
 bool pm_entries_replace(uint64_t *entries, uint64_t n, struct pm_run old, struct pm_run new, uint64_t loose,
                         uint64_t *common);
+/* Make them those of a run. */
+void pm_entries_set(uint64_t *entries, uint64_t n, struct pm_run run);
 /* Take the PFN out of raw entries of present pages. In others the field is a place in swap: it stays. */
 void pm_entries_hide(uint64_t *entries, uint64_t n);
 /*

@@ -135,6 +135,7 @@ static void child_mm(struct pm_mm *mm)
     child_close(mm->spare_fd);
     child_close(mm->maps_fd);
     child_close(mm->pagemap_fd);
+    child_close(mm->ksm_fd);
     child_close(mm->status_fd);
     child_close(mm->ring_fd);
     child_close(mm->stage_fd);

@@ -180,7 +180,7 @@ struct pm_inflight {
 };
 
 enum { PM_DEFERRED_MAX = 64 };
-enum { PM_FORK_PIECES = 16, PM_LINGER_MAX = 64, PM_QUEUE_DEFAULT = 1024 };
+enum { PM_FORK_PIECES = 16, PM_LINGER_MAX = 64, PM_QUEUE_DEFAULT = 1024, PM_ALONE_MAX = 64 };
 
 struct pm_watch_range {
     uint64_t start, end;
@@ -242,6 +242,11 @@ struct pm_mm {
     pthread_mutex_t ring_lock; /* orders pins and what goes through them; see ring.h */
     struct pm_ring *ring;      /* from the first pin on; under the ring lock */
     int ring_fd, stage_fd;     /* ... and the registry lock, for the child of a fork */
+
+    struct pm_watch_range alone[PM_ALONE_MAX]; /* under the device lock; see alone.c */
+    uint32_t alone_next;
+    atomic_uint_least64_t canary; /* a page of our own, from the first that was to be learnt on */
+    int ksm_fd;                   /* or a negative errno */
 
     struct pm_devices *devices; /* from the first device memory on; see devmem.h */
     int arena_fd;               /* the userfaultfd of arenas */
@@ -341,6 +346,7 @@ void pm_watch_moved(struct pm_mm *mm, uint64_t to, uint64_t len);     /* device 
 bool pm_events_unread(struct pm_mm *mm); /* the kernel refuses with EAGAIN while a message is on its way */
 bool pm_watch_lists(const struct pm_mm *mm, uint64_t addr);      /* device lock held; or it cannot be told */
 bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end); /* all of it, without a gap */
+bool pm_watch_covers(const struct pm_mm *mm, uint64_t start, uint64_t end); /* the same, device lock held */
 /* Write-protect the present pages of watched private memory, so that writes after a fork show. */
 void pm_watch_after_fork(struct pm_mm *mm);
 /* Write-protect what is present of [start, end), which is watched. */

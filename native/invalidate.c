@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "alone.h"
 #include "domain.h"
 
 enum { WAIT_SLICE_NS = 50 * 1000 * 1000 };
@@ -51,6 +52,7 @@ uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint6
         atomic_store(&mm->all_seq, seq);
     else
         pm_itree_visit(mm->subs, start, last, stamp_sub, &seq);
+    pm_alone_forget(mm, start, last);
     pm_tables_fence(mm, start, last, seq);
     pm_dmaps_fence(mm, start, last, seq);
     for (struct pm_inflight *access = mm->inflight; access; access = access->next) {

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "alone.h"
 #include "devmem.h"
 #include "inline.h"
 
@@ -235,6 +236,8 @@ static void close_files(struct pm_mm *mm)
     close_fd(&mm->wake_fd);
     close_fd(&mm->spare_fd);
     close_fd(&mm->arena_fd);
+    pm_alone_close(mm);
+    close_fd(&mm->ksm_fd);
 }
 
 /* In one step for a fork, whose child closes the descriptors of what is in the list. */
@@ -294,7 +297,7 @@ static void init_mm(struct pm_mm *mm, const struct pm_mm_options *opt)
     mm->inline_faults = opt->flags & PM_MM_INLINE;
     mm->queue_len = opt->queue_length ? opt->queue_length : PM_QUEUE_DEFAULT;
     mm->maps_fd = mm->pagemap_fd = mm->uffd = mm->wake_fd = mm->spare_fd = mm->status_fd = -1;
-    mm->ring_fd = mm->stage_fd = mm->arena_fd = -1;
+    mm->ring_fd = mm->stage_fd = mm->arena_fd = mm->ksm_fd = -1;
     atomic_init(&mm->refs, 1);
     atomic_init(&mm->seq, 2);
     pthread_mutex_init(&mm->lock, NULL);

@@ -24,6 +24,7 @@ struct pm_rules pm_rules_of(const struct pm_vma *vma)
         .vma_end = vma->end,
         .writable = vma->flags & PM_VMA_WRITE,
         .shared = vma->flags & PM_VMA_SHARED,
+        .anonymous = !(vma->flags & (PM_VMA_SHARED | PM_VMA_FILE)),
     };
 
     if (vma->flags & PM_VMA_HUGETLB)
@@ -70,7 +71,7 @@ int pm_pagemap_read(pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret)
     return err;
 }
 
-static struct pm_conversion conversion_of(const struct pm_mm *mm, const struct pm_rules *rules)
+struct pm_conversion pm_pagemap_conversion(const struct pm_mm *mm, const struct pm_rules *rules)
 {
     uint64_t zero = mm->features.zero_pfn;
     struct pm_conversion c = {
@@ -120,65 +121,6 @@ static bool candidate(const struct pm_rules *rules, uint64_t start, const uint64
     if (step && (head ^ page) % PM_HUGE_PAGES)
         return false;
     return rules->vma_start <= pmd && pmd + PM_HUGE_SIZE <= rules->vma_end;
-}
-
-bool pm_pagemap_is(struct pm_mm *mm, uint64_t addr, uint64_t category)
-{
-    struct pm_abi_page_region region;
-    struct pm_abi_scan_arg scan = {
-        .size = sizeof(scan),
-        .start = addr,
-        .end = addr + PM_PAGE_SIZE,
-        .vec = (uintptr_t)&region,
-        .vec_len = 1,
-        .max_pages = 1,
-        .category_mask = category,
-        .return_mask = category,
-    };
-
-    return pm_have(mm, PM_FEAT_PAGEMAP_SCAN) && pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) > 0;
-}
-
-uint64_t pm_pagemap_huge_end(struct pm_mm *mm, uint64_t start, uint64_t end)
-{
-    struct pm_abi_page_region region;
-    struct pm_abi_scan_arg scan = {
-        .size = sizeof(scan),
-        .start = start,
-        .end = end,
-        .vec = (uintptr_t)&region,
-        .vec_len = 1,
-        .max_pages = 1,
-        .category_inverted = PM_ABI_PAGE_IS_HUGE,
-        .category_mask = PM_ABI_PAGE_IS_HUGE,
-        .return_mask = PM_ABI_PAGE_IS_HUGE,
-    };
-    int n = pm_have(mm, PM_FEAT_PAGEMAP_SCAN) ? pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) : -1;
-
-    if (n < 0)
-        return start;
-    return n ? region.start : end;
-}
-
-uint64_t pm_pagemap_huge_alike(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t kinds, uint64_t *kind)
-{
-    struct pm_abi_page_region region;
-    struct pm_abi_scan_arg scan = {
-        .size = sizeof(scan),
-        .start = start,
-        .end = end,
-        .vec = (uintptr_t)&region,
-        .vec_len = 1,
-        .return_mask = kinds | PM_ABI_PAGE_IS_HUGE,
-    };
-
-    /* It ends where the next region would begin. Of small pages that could be far. */
-    if (!pm_pagemap_is(mm, start, PM_ABI_PAGE_IS_HUGE) ||
-        pm_sys_ioctl(mm->pagemap_fd, PM_ABI_PAGEMAP_SCAN, &scan) != 1 ||
-        !(region.categories & PM_ABI_PAGE_IS_HUGE))
-        return start;
-    *kind = region.categories & kinds;
-    return region.end;
 }
 
 /*
@@ -259,7 +201,7 @@ static uint64_t convert_pieces(struct pm_mm *mm, const struct pm_conversion *c, 
 uint64_t pm_pagemap_convert(struct pm_mm *mm, const struct pm_rules *rules, uint64_t start, uint64_t n,
                             uint64_t *pfns)
 {
-    struct pm_conversion c = conversion_of(mm, rules);
+    struct pm_conversion c = pm_pagemap_conversion(mm, rules);
     struct piece pieces[PM_BLOCK_HUGE + 1];
     unsigned count;
 

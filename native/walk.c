@@ -89,15 +89,18 @@ static bool show_resident(const struct block *b, uint64_t i, uint64_t end)
 /* Read pages [i, end) of a block; *lacking: the bits that are asked for and not there. */
 static int read_pages(struct block *b, uint64_t i, uint64_t end, uint64_t *lacking)
 {
-    uint64_t common;
+    uint64_t seq = atomic_load(&b->mm->seq), common, told;
     int err;
 
     pm_point(PM_POINT_WALK_BEFORE_READ);
-    err = pm_pagemap_fill(b->mm, addr_of(b, i), end - i, b->pfns + i);
+    told = i + pm_scan_block(b->mm, &b->rules, addr_of(b, i), end - i, b->pfns + i, &common);
+    err = pm_pagemap_fill(b->mm, addr_of(b, told), end - told, b->pfns + told);
     pm_point(PM_POINT_WALK_AFTER_READ);
     if (err)
         return fail(b->walk, addr_of(b, i), err);
-    common = pm_pagemap_convert(b->mm, &b->rules, addr_of(b, i), end - i, b->pfns + i);
+    common &= pm_pagemap_convert(b->mm, &b->rules, addr_of(b, told), end - told, b->pfns + told);
+    if (told < end)
+        pm_scan_learn(b->mm, &b->rules, addr_of(b, i), end - i, common, seq);
     if (show_resident(b, i, end))
         *lacking = lacking_in(b, i, end);
     else

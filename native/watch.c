@@ -13,6 +13,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "alone.h"
 #include "devmem.h"
 #include "populate.h"
 
@@ -196,6 +197,7 @@ static void remember(struct pm_mm *mm, uint64_t start, uint64_t end)
 void pm_watch_forget(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     forget(mm, start, end);
+    pm_alone_forget(mm, start, pm_last(end));
     count_watched(mm);
 }
 
@@ -216,14 +218,19 @@ bool pm_watch_lists(const struct pm_mm *mm, uint64_t addr)
     return mm->unlisted.start <= addr && addr < mm->unlisted.end;
 }
 
+bool pm_watch_covers(const struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    uint32_t i = range_at(mm, start);
+
+    return i < mm->nwatched && mm->watched[i].start <= start && mm->watched[i].end >= end;
+}
+
 bool pm_watched(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     bool covered;
-    uint32_t i;
 
     pm_lock(mm);
-    i = range_at(mm, start);
-    covered = i < mm->nwatched && mm->watched[i].start <= start && mm->watched[i].end >= end;
+    covered = pm_watch_covers(mm, start, end);
     pm_unlock(mm);
     return covered;
 }
