@@ -7,7 +7,7 @@ BUILT := $(VENV)/.built
 LINTERS := $(VENV)/.linters
 SHIM := pymirror/_shim.abi3.so
 SHIM_SOURCES := $(wildcard native/*.[ch]) native/build_shim.py setup.py pymirror/_version.py
-C_FILES = $(wildcard native/*.[ch] native/tests/*.[ch] benchmarks/*.[ch] benchmarks/floor/*.[ch])
+C_FILES = $(wildcard native/*.[ch] native/tests/*.[ch] native/fuzz/*.[ch] benchmarks/*.[ch] benchmarks/floor/*.[ch])
 PY_DIRS = $(wildcard pymirror tests native examples benchmarks) _pymirror_cli.py setup.py
 
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -20,7 +20,7 @@ else ifeq ($(wildcard $(SHIM)),)
 $(BUILT): FORCE
 endif
 
-.PHONY: build test demo lint format check-native wheel check-wheel bench clean help FORCE
+.PHONY: build test demo lint format check-native check-asan wheel check-wheel bench clean help FORCE
 .DEFAULT_GOAL := build
 
 build: $(BUILT) ## compile the shim and install pymirror into .venv, editable
@@ -56,6 +56,9 @@ wheel: build ## an abi3 wheel for this machine's libc, in dist/
 
 check-wheel: wheel ## the wheel in a virtual environment of its own, without a compiler
 	@sh tests/check_wheel.sh dist/*.whl
+
+check-asan: build ## Python tests on a shim with ASan and UBSan, and leak checks; ASAN_TESTS=tests for all of them
+	@tests/check_asan.sh $(ASAN_TESTS)
 
 bench: build ## the benchmarks; BENCH_ARGS= adds options
 	@$(BIN)/pymirror bench $(BENCH_ARGS)

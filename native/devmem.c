@@ -88,12 +88,20 @@ uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n)
     return block == vram->nblocks ? 0 : vram->base + block * PM_HUGE_SIZE + (place << PM_PAGE_SHIFT);
 }
 
+static bool has_slot(const struct pm_devmem *vram, uint64_t slot)
+{
+    return slot >= vram->base && block_of(vram, slot) < vram->nblocks;
+}
+
 /* How many slots from this one on, in its block, are set aside, and not in use. */
 static uint64_t reserved_run(const struct pm_devmem *vram, uint64_t slot, uint64_t n)
 {
-    const struct pm_block *block = &vram->blocks[block_of(vram, slot)];
+    const struct pm_block *block;
     uint64_t place = place_of(slot), run = 0;
 
+    if (!has_slot(vram, slot))
+        return 0;
+    block = &vram->blocks[block_of(vram, slot)];
     n = block->back ? pm_min(n, PM_HUGE_PAGES - place) : 0;
     while (run < n && block->back[place + run] == PM_RESERVED)
         run++;
@@ -303,11 +311,9 @@ int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns)
         return err;
     pm_lock(mm);
     for (uint64_t i = 0; i < n; i++) {
-        uint64_t slot = pm_pfn_slot(pfns[i]), block = block_of(vram, slot);
+        uint64_t slot = pm_pfn_slot(pfns[i]);
 
-        if (slot < vram->base || block >= vram->nblocks || !vram->blocks[block].back)
-            continue;
-        if (vram->blocks[block].back[place_of(slot)] == PM_RESERVED && free_slots(mm->devices, vram, slot, 1))
+        if (reserved_run(vram, slot, 1) && free_slots(mm->devices, vram, slot, 1))
             drop_tables(slot & ~(PM_HUGE_SIZE - 1), (slot | (PM_HUGE_SIZE - 1)) + 1);
     }
     pm_unlock(mm);

@@ -92,6 +92,17 @@ static uint64_t run_home(struct pm_devices *devices, uint64_t addr, uint64_t end
     return whole ? whole * PM_HUGE_SIZE : pm_resident_run(devices, addr, end) << PM_PAGE_SHIFT;
 }
 
+/* Whoever is not woken sleeps for ever. */
+static void wake(struct pm_mm *mm, uint64_t start, uint64_t len)
+{
+    for (int i = 0; i < AGAIN_LIMIT; i++) {
+        struct uffdio_range range = {start, len};
+
+        if (pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &range) == 0)
+            return;
+    }
+}
+
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only)
 {
     struct pm_devices *devices = mm->devices;
@@ -121,7 +132,7 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
             pm_home_readonly(mm, addr, addr + (uint64_t)got);
         pm_devmem_forget(mm, addr, (uint64_t)got >> PM_PAGE_SHIFT);
         if (!wakes && !mm->inline_faults)
-            pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){addr, (uint64_t)got});
+            wake(mm, addr, (uint64_t)got);
         devices->stats.to_system += (uint64_t)got >> PM_PAGE_SHIFT;
         total += got >> PM_PAGE_SHIFT;
     }
@@ -367,7 +378,7 @@ static int serve(struct pm_mm *mm, uint64_t addr)
         err = fill_hole(mm, addr);
     /* Whatever did not work is tried again when the thread faults again; what did has woken it. */
     if (!mm->inline_faults && (there || err < 0))
-        pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){start, end - start});
+        wake(mm, start, end - start);
     return err < 0 ? (int)err : 0;
 }
 

@@ -495,7 +495,7 @@ int pm_migrate_pages(pm_devmem *vram, uint64_t start, uint64_t n, const uint64_t
         for (uint64_t i = 0; i < n; i = last) {
             for (last = i + 1; last < n && pfns[i] && pfns[last] == pfns[i] + (last - i);)
                 last++;
-            if (pfns[i])
+            if (pm_pfn_slot(pfns[i])) /* 0 would be no aim */
                 move_to(vram, start + (i << PM_PAGE_SHIFT), last - i, pm_pfn_slot(pfns[i]));
         }
         pthread_mutex_unlock(&mm->watch_lock);
