@@ -17,18 +17,28 @@
 
 #include "alone.h"
 
-static void make_canary(struct pm_mm *mm)
+static atomic_uint_least64_t locked_bytes;
+
+/* Locked, since a page that comes back from swap looks as if it had no other user. */
+static int map_canary(struct pm_mm *mm, uint64_t *at)
 {
     const int prot = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
+
+    mm->canary_locked = pm_sys_mmap(0, PM_PAGE_SIZE, prot, flags | MAP_LOCKED, -1, 0, at) == 0;
+    if (!mm->canary_locked)
+        return pm_sys_mmap(0, PM_PAGE_SIZE, prot, flags, -1, 0, at);
+    atomic_fetch_add(&locked_bytes, PM_PAGE_SIZE);
+    return 0;
+}
+
+static void make_canary(struct pm_mm *mm)
+{
     uint64_t at;
 
     pm_registry_lock();
     if (!atomic_load(&mm->canary)) {
         mm->ksm_fd = pm_sys_open("/proc/self/ksm_merging_pages", O_RDONLY | O_CLOEXEC);
-        /* Locked, since a page that comes back from swap looks as if it had no other user. */
-        if ((mm->ksm_fd >= 0 || mm->ksm_fd == -ENOENT) &&
-            (pm_sys_mmap(0, PM_PAGE_SIZE, prot, flags | MAP_LOCKED, -1, 0, &at) == 0 ||
-             pm_sys_mmap(0, PM_PAGE_SIZE, prot, flags, -1, 0, &at) == 0)) {
+        if ((mm->ksm_fd >= 0 || mm->ksm_fd == -ENOENT) && map_canary(mm, &at) == 0) {
             *(volatile uint64_t *)(uintptr_t)at = pm_now_ns();
             atomic_store(&mm->canary, at);
         }
@@ -40,8 +50,21 @@ void pm_alone_close(struct pm_mm *mm)
 {
     uint64_t canary = atomic_exchange(&mm->canary, 0);
 
-    if (canary)
-        pm_sys_munmap(canary, PM_PAGE_SIZE);
+    if (!canary)
+        return;
+    pm_sys_munmap(canary, PM_PAGE_SIZE);
+    if (mm->canary_locked)
+        atomic_fetch_sub(&locked_bytes, PM_PAGE_SIZE);
+}
+
+uint64_t pm_alone_locked(void)
+{
+    return atomic_load(&locked_bytes);
+}
+
+void pm_alone_child(void)
+{
+    atomic_store(&locked_bytes, 0);
 }
 
 static bool canary_is_alone(struct pm_mm *mm)

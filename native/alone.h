@@ -16,5 +16,8 @@ void pm_alone_learn(struct pm_mm *mm, uint64_t start, uint64_t end, uint64_t seq
 /* Device lock held. */
 void pm_alone_forget(struct pm_mm *mm, uint64_t start, uint64_t last);
 void pm_alone_close(struct pm_mm *mm);
+/* Bytes of the process that are locked for this. A forked child inherits no lock. */
+uint64_t pm_alone_locked(void);
+void pm_alone_child(void);
 
 #endif

@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "alone.h"
 #include "devmem.h"
 
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
@@ -136,6 +137,7 @@ static void child_mm(struct pm_mm *mm)
     child_close(mm->maps_fd);
     child_close(mm->pagemap_fd);
     child_close(mm->ksm_fd);
+    mm->canary_locked = false;
     child_close(mm->status_fd);
     child_close(mm->ring_fd);
     child_close(mm->stage_fd);
@@ -198,6 +200,7 @@ static void child(void)
     wait_until_copied();
     for (struct pm_mm *mm = pm_registry_list(); mm; mm = mm->next)
         child_mm(mm);
+    pm_alone_child();
     pm_registry_reset();
     pm_registry_unlock();
 }

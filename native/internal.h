@@ -247,6 +247,7 @@ struct pm_mm {
     uint32_t alone_next;
     atomic_uint_least64_t canary; /* a page of our own, from the first that was to be learnt on */
     int ksm_fd;                   /* or a negative errno */
+    bool canary_locked;
 
     struct pm_devices *devices; /* from the first device memory on; see devmem.h */
     int arena_fd;               /* the userfaultfd of arenas */

@@ -16,6 +16,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "alone.h"
 #include "devmem.h"
 
 static const int lift_flags = MREMAP_MAYMOVE | MREMAP_FIXED | PM_ABI_MREMAP_DONTUNMAP;
@@ -54,7 +55,7 @@ bool pm_memory_locked(void)
         pm_sys_close(fd);
     text[n > 0 ? n : 0] = 0;
     at = strstr(text, "VmLck:");
-    return !at || strtoull(at + strlen("VmLck:"), NULL, 10) != 0;
+    return !at || strtoull(at + strlen("VmLck:"), NULL, 10) > pm_alone_locked() >> 10;
 }
 
 static bool is_copied(const struct pm_mm *mm, uint64_t entry)

@@ -449,6 +449,22 @@ class TestMemoryThatDoesNotMove:
         assert vram.used == 0
         assert intact(buf)
 
+    def test_what_walks_have_locked_is_not_the_processs(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory
+    ) -> None:
+        buf = mm.mmap(8 * pm.MiB, huge="thp")
+        np.frombuffer(buf, np.uint8)[:] = 7
+        with pm.Mirror(mm) as mirror:
+            rng = mirror.range(buf.addr, buf.addr + buf.size)
+            rng.register()
+            for _ in range(3):
+                rng.fault()
+            rng.unregister()
+        assert locked_kib() > 0, "a page whose sharing tells of forks"
+        mm.mprotect(buf.addr, buf.size, 1)
+        assert to_device(buf, vram) == buf.size // PAGE
+        assert np.frombuffer(buf, np.uint8).min() == 7
+
     def test_locked_memory_stays(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)
         libc = ctypes.CDLL(None, use_errno=True)
