@@ -261,6 +261,14 @@ class TestChangesOfMemory:
         assert vram.used == 0
         assert mm.stats()["device_dropped"] == PAGES
 
+    def test_mremap_of_what_was_split(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        """A part that has been on the device is a vma of its own, and mremap takes one."""
+        buf = patterned(mm, 1024)
+        middle = -(-buf.addr // (2 << 20)) * (2 << 20)
+        assert pm.migrate_to_device(mm, middle, middle + PAGE, vram) == 1
+        moved = mm.mremap(buf.addr, buf.size, buf.size + PAGE)
+        assert np.array_equal(np.frombuffer(moved, np.uint8)[: 1024 * PAGE], pattern(1024))
+
     def test_fork(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)
         to_device(buf, vram)
