@@ -235,19 +235,20 @@ uint64_t pm_scan_block(struct pm_mm *mm, const struct pm_rules *rules, uint64_t 
     struct telling t = {
         .mm = mm,
         .rules = rules,
-        .conversion = pm_pagemap_conversion(mm, rules),
         .start = start,
         .end = start + (n << PM_PAGE_SHIFT),
         .pfns = pfns,
         .common = UINT64_MAX,
     };
-    uint64_t told = start;
+    uint64_t told;
 
+    *common = UINT64_MAX;
+    if (!worth_it(mm, rules, n))
+        return 0;
+    t.conversion = pm_pagemap_conversion(mm, rules);
     if (!rules->order)
         t.conversion.order = (uint64_t)PM_HUGE_ORDER << PM_PFN_ORDER_SHIFT;
-    if (worth_it(mm, rules, n)) {
-        told = can_tell_presence(&t) ? tell_presence(&t, t.end) : tell_whole_pages(&t);
-    }
+    told = can_tell_presence(&t) ? tell_presence(&t, t.end) : tell_whole_pages(&t);
     *common = t.common;
     return (told - start) >> PM_PAGE_SHIFT;
 }

@@ -280,8 +280,10 @@ class Range(RangeBase):
         walk = self._walk
         walk.flags = flags
         walk.seq = seq
-        if trace.active is None:
-            ret = self._native_walk(what)
+        if trace.active is None and self._form is None:
+            ret = lib.pm_walk(self._native_mm, walk)
+        elif trace.active is None:
+            ret = self._formed_walk(what)
         else:
             with trace.span(trace.Track.WALK, what, self.mm, self.start, self.end, seq=seq) as span:
                 ret = self._native_walk(what)
