@@ -20,7 +20,7 @@ else ifeq ($(wildcard $(SHIM)),)
 $(BUILT): FORCE
 endif
 
-.PHONY: build test demo lint format check-native check-asan wheel check-wheel bench clean help FORCE
+.PHONY: build test demo lint format check-native check-asan check-features wheel check-wheel bench clean help FORCE
 .DEFAULT_GOAL := build
 
 build: $(BUILT) ## compile the shim and install pymirror into .venv, editable
@@ -46,6 +46,18 @@ format: build $(LINTERS) ## put the layout of Python and C files right
 
 check-native: ## C tests: plain, with ASan and UBSan, with TSan
 	@$(MAKE) -s -C native check
+
+# What has a substitute: one without each, and one without all. PYMIRROR_DISABLE has all the names there are.
+COMMA := ,
+EMPTY :=
+SUBSTITUTED := pagemap_scan procmap_query populate event_fork wp_unpopulated wp_async
+FEATURES ?= $(SUBSTITUTED) $(subst $(EMPTY) $(EMPTY),$(COMMA),$(SUBSTITUTED))
+FEATURE_TESTS ?= $(addprefix tests/test_,walk.py hmm.py mm.py notifier.py page_table.py device.py gup.py migrate.py \
+	exclusive.py hmm_dma_map.py)
+
+check-features: build ## tests with features switched off; FEATURES= and FEATURE_TESTS= choose which
+	@for off in $(FEATURES); do echo "without $$off" && \
+	PYMIRROR_DISABLE=$$off $(BIN)/python -m pytest $(FEATURE_TESTS) $(PYTEST_ARGS) || exit 1; done
 
 # What an earlier version left in build/lib would be in the wheel.
 wheel: build ## an abi3 wheel for this machine's libc, in dist/

@@ -2,6 +2,10 @@
 
 A test leaves nothing behind (leaks.py). What this user or machine cannot run is left out and named at the
 end; with PYMIRROR_REQUIRE_ALL=1 leaving out is a failure, except for what this kernel does not have at all.
+
+With features switched off (PYMIRROR_DISABLE) a test that ends in the library's refusal for the want of one of
+them is left out too, but only of a feature without which something cannot be done (MAY_REFUSE): all others
+have a substitute, and nothing may be refused for their want.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import tally
 from leaks import Holdings, armed_seams, left_behind
 
 import pymirror as pm
+from pymirror.features import DISABLE_VARIABLE
 from pymirror.replay.hugepages import overcommit
 
 # A job in a shell's background ignores it, and so would every child.
@@ -27,6 +32,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 TESTS = Path(__file__).parent
 REQUIRE_ALL = os.environ.get("PYMIRROR_REQUIRE_ALL") == "1"
 NOT_HERE = "not on this kernel"
+MAY_REFUSE = {
+    "uffd",
+    "uffd_kernel",
+    "uffd_events",
+    "move",
+    "sigbus",
+    "pagemap",
+    "pfn",
+    "process_vm",
+    "io_uring",
+}
+_CUT_SHORT = pytest.StashKey[bool]()
+SWITCHED_OFF = MAY_REFUSE & set(os.environ.get(DISABLE_VARIABLE, "").split(","))
 CAP_SYS_ADMIN = 21
 HUGE_PAGES = 64
 
@@ -77,9 +95,24 @@ def refuse_to_leave_out(report: pytest.TestReport | pytest.CollectReport) -> Non
     report.longrepr = f"left out, which PYMIRROR_REQUIRE_ALL=1 forbids: {reason}"
 
 
+def lost_feature(error: BaseException | None) -> str:
+    """The feature that was switched off and for the want of which a test could not go on, or ""."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, pm.FeatureError) and DISABLE_VARIABLE in error.command:
+            return error.feature if error.feature in MAY_REFUSE else ""
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
+    if SWITCHED_OFF and report.failed and (name := lost_feature(call.excinfo and call.excinfo.value)):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, f"{NOT_HERE}: {name} (switched off)")
+        item.stash[_CUT_SHORT] = True
     refuse_to_leave_out(report)
     return report
 
@@ -100,9 +133,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = Holdings.now()
     yield
+    if request.node.stash.get(_CUT_SHORT, False):
+        return  # the traceback still holds what the test had made
     lines = armed_seams() + left_behind(before)
     if lines:
         pytest.fail("left behind:\n  " + "\n  ".join(lines), pytrace=False)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE
 from racing import in_child
-from seams import errno_of, inject
+from seams import errno_of, inject, needs
 
 import pymirror as pm
 
@@ -25,6 +25,7 @@ PAGES = 64
 
 @pytest.fixture(params=["thread", "inline"])
 def mm(request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
+    needs("pfn", "move", "uffd_kernel", "uffd_events", "sigbus")
     with pm.AddressSpace(fault_delivery=request.param) as mm:
         yield mm
 

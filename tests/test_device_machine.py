@@ -40,5 +40,5 @@ class Copying(DeviceMemoryMachine):
 )
 @pytest.mark.timeout(90 * STRESS)
 def test_device_memory_behaves_as_the_model(machine: type[DeviceMemoryMachine]) -> None:
-    needs("uffd_kernel", "sigbus", "move", "uffd_events", "pagemap")
+    needs("uffd_kernel", "sigbus", "move", "uffd_events", "event_fork", "wp_async", "pagemap")
     run_state_machine_as_test(machine, settings=SETTINGS)

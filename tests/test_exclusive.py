@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE
 from racing import in_child
-from seams import Background, errno_of, foreign, points
+from seams import Background, errno_of, foreign, needs, points
 
 import pymirror as pm
 
@@ -61,6 +61,7 @@ class Gpu:
 
 @pytest.fixture(params=["thread", "inline", "thread without move", "inline without move"])
 def mm(request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
+    needs("uffd_kernel", "uffd_events", "sigbus", "pagemap")
     delivery, *off = request.param.split(" without ")
     with pm.AddressSpace(fault_delivery=delivery, disable=off) as mm:
         yield mm

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE
 from racing import in_child, run_child, wait_for
-from seams import WAIT_S, errno_of, inject
+from seams import WAIT_S, errno_of, inject, needs
 
 import pymirror as pm
 
@@ -31,6 +31,7 @@ MADV_DONTFORK, MADV_DOFORK = 10, 11
 @pytest.fixture(params=["thread", "inline", "thread without move", "inline without move"])
 def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
     delivery, *off = request.param.split(" without ")
+    needs("sigbus" if delivery == "inline" else "uffd_kernel", "uffd_events", "pagemap")
     with pm.AddressSpace(fault_delivery=delivery, disable=off) as space:
         yield space
 
@@ -270,6 +271,7 @@ class TestChangesOfMemory:
         assert np.array_equal(np.frombuffer(moved, np.uint8)[: 1024 * PAGE], pattern(1024))
 
     def test_fork(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        needs("event_fork")
         buf = patterned(mm)
         to_device(buf, vram)
 
@@ -286,6 +288,7 @@ class TestChangesOfMemory:
         assert mm.stats()["device_child_lost"] == 0
 
     def test_fork_of_a_run_in_two_vmas(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        needs("event_fork")
         buf = patterned(mm)
         mm.madvise(buf.addr + 5 * PAGE, buf.size - 5 * PAGE, 16)  # MADV_DONTDUMP
         to_device(buf, vram)
@@ -487,6 +490,7 @@ class TestMemoryThatDoesNotMove:
     def test_a_failed_call_leaves_it_as_it_was(
         self, mm: pm.AddressSpace, vram: pm.DeviceMemory, call: str, nth: int
     ) -> None:
+        needs("pfn")
         buf = patterned(mm)
         mm.mprotect(buf.addr, buf.size, 1)
         pm.migrate_to_device(mm, buf.addr, buf.addr + PAGE, vram)
@@ -527,6 +531,7 @@ class TestProtection:
 
     @pytest.mark.parametrize("change", ["mprotect", "fork"])
     def test_read_only_from_then_on(self, mm: pm.AddressSpace, vram: pm.DeviceMemory, change: str) -> None:
+        needs("wp_async", "event_fork")
         buf = patterned(mm)
         to_device(buf, vram)
         if change == "fork":
