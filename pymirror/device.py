@@ -171,8 +171,12 @@ class Device(DmaDevice):
         """``handler(fault)`` maps ``fault.addr``, and more if it likes, and returns.
 
         It runs in the accessing thread. What it raises ends the access, but for EBUSY and EAGAIN, which mean
-        "again". None: faults are EFAULT.
+        "again". None: faults are EFAULT. EINVAL for what cannot be called.
         """
+        if handler is not None and not callable(handler):
+            raise MirrorError(
+                errno.EINVAL, f"{self.name}: handler={handler!r}", hint="give a function of a fault, or None"
+            )
         self._handler = handler
 
     def read(self, mm: AddressSpace, addr: int, n: int) -> bytes:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ._shim import ffi, lib
 from .affected import PAGE_SIZE
+from .dma.device import DmaDevice
 from .errors import MirrorError, check
 from .event import Event
 from .lock import not_in_callback, not_under_driver_lock
@@ -67,6 +68,8 @@ class DeviceMemory:
         kind: str = "private",
         timeslice: float = 0.0,
     ) -> None:
+        if dev is not None and not isinstance(dev, DmaDevice):
+            raise _einval(f"dev={dev!r}", "give the Device that the memory is on")
         size = operator.index(size)
         if not 0 < size < 1 << 46:
             raise _einval(f"size {size}", "give bytes, more than 0 and less than 64 TiB")

@@ -41,6 +41,7 @@ def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
     """
     what = "migrate_to_device"
     check_migration(mm, what, start, end)
+    check_vram(what, vram)
     moved, total = ffi.new("uint64_t *"), 0
     with vram._serving(mm, what) as native:
         watched = watch_movable(mm, start, end)
@@ -70,6 +71,7 @@ def migrate_to_system(mm: AddressSpace, start: int, end: int, vram: DeviceMemory
     check_migration(mm, what, start, end)
     if vram is None:
         return bring_home(mm, what, start, end, ffi.NULL, None)
+    check_vram(what, vram)
     with vram._lock:
         vram._check(what)
         if vram.mm is mm:
@@ -140,6 +142,13 @@ def check_other_userfaultfd(mm: AddressSpace, what: str, start: int, end: int) -
         hint="end the other registration (UFFDIO_UNREGISTER, or close the other AddressSpace), or leave this"
         " memory out",
     )
+
+
+def check_vram(what: str, vram: object) -> None:
+    """EINVAL for what is no device memory."""
+    if hasattr(vram, "_serving"):
+        return
+    raise MirrorError(errno.EINVAL, f"{what}: vram={vram!r}", hint="give the DeviceMemory of a device")
 
 
 def check_migration(mm: AddressSpace, what: str, start: int, end: int) -> None:

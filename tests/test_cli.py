@@ -128,11 +128,31 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(256)))
-    for name, code in (("binary", cli.EXIT_FAILURE), ("absent", cli.EXIT_REFUSED), ("", cli.EXIT_REFUSED)):
+    for name, code, number in (
+        ("binary", cli.EXIT_USAGE, "EINVAL"),
+        ("absent", cli.EXIT_REFUSED, "ENOENT"),
+        ("", cli.EXIT_REFUSED, "EISDIR"),
+    ):
         done = run("replay", str(tmp_path / name))
         assert (done.returncode, done.stdout) == (code, "")
         assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"pymirror replay: {number}: ")
+        assert "; do: give " in done.stderr
         assert str(tmp_path / name) in done.stderr
+
+
+def test_an_unknown_scenario_is_wrong_usage() -> None:
+    done = run("replay", str(Path(__file__).parent / "golden" / "cpu.jsonl"), "--show", "9999")
+    assert (done.returncode, done.stdout) == (cli.EXIT_USAGE, "")
+    assert "ENOENT: no scenario 9999" in done.stderr
+    assert "; do: " in done.stderr
+
+
+def test_more_than_a_process_can_map_is_wrong_usage() -> None:
+    for text in ("128T", "1e30"):
+        done = run("demo", "--size", text)
+        assert done.returncode == cli.EXIT_USAGE
+        assert "more than a process can map" in done.stderr
 
 
 def test_an_error_names_its_errno_once(
@@ -148,7 +168,7 @@ def test_a_full_disk_is_one_line() -> None:
         done = subprocess.run(
             [*RUN, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment
         )
-    assert (done.returncode, done.stderr) == (cli.EXIT_REFUSED, "pymirror: No space left on device\n")
+    assert (done.returncode, done.stderr) == (cli.EXIT_REFUSED, "pymirror: ENOSPC: No space left on device\n")
 
 
 # A module of this name comes before numpy: what it does happens while the package is being imported.

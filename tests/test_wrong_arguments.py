@@ -261,3 +261,25 @@ class TestUndone:
         # Nothing is wrong with the memory itself.
         assert made.mm.stats()["invalidate_seq"] == before
         assert made.device.stats.detected == 0
+
+
+class TestObjects:
+    """Of a wrong kind, refused where they are given and not where they are used."""
+
+    @pytest.mark.parametrize("wrong", [3, "gpu", b""])
+    def test_a_fault_handler_that_cannot_be_called(self, made: World, wrong: object) -> None:
+        error = refused(made, errno.EINVAL, made.device.set_fault_handler, wrong)
+        assert f"handler={wrong!r}" in str(error)
+        assert made.device.read(made.mm, made.start, PAGE) == made.content[:PAGE]
+
+    @pytest.mark.parametrize("wrong", [3, "gpu", object()])
+    def test_device_memory_on_no_device(self, made: World, wrong: object) -> None:
+        error = refused(made, errno.EINVAL, pm.DeviceMemory, wrong, PAGE)
+        assert f"dev={wrong!r}" in str(error)
+
+    @pytest.mark.parametrize("wrong", [None, 3, "vram"])
+    def test_migration_to_no_device_memory(self, made: World, wrong: object) -> None:
+        error = refused(made, errno.EINVAL, pm.migrate_to_device, made.mm, made.start, made.end, wrong)
+        assert f"vram={wrong!r}" in str(error)
+        if wrong is not None:
+            refused(made, errno.EINVAL, pm.migrate_to_system, made.mm, made.start, made.end, wrong)

@@ -7,6 +7,7 @@ options and `run` does the work and returns the exit code. Nothing here knows wh
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import inspect
 import math
@@ -15,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from pymirror import __version__
+from pymirror import MirrorError, __version__
+from pymirror.errors import errno_name
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -71,9 +73,9 @@ class CommandError(Exception):
 
 
 def size(text: str) -> int:
-    """Bytes from `300M`, `2G`, `64KiB` or a plain number; an argparse type."""
+    """Bytes from `300M`, `2G`, `64KiB`, `1T` or a plain number, below 2**47; an argparse type."""
     number = text.strip().lower().removesuffix("ib").removesuffix("b")
-    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
     unit = units.get(number[-1:], 1)
     digits = number[:-1] if unit > 1 else number
     try:
@@ -84,6 +86,8 @@ def size(text: str) -> int:
         ) from None
     if value <= 0:
         raise argparse.ArgumentTypeError(f"a size must be positive, not {text!r}")
+    if value >= 1 << 47:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than a process can map, 128T")
     return value
 
 
@@ -176,9 +180,20 @@ def _complain(name: str, what: object, code: int) -> int:
 
 
 def _text(error: OSError) -> str:
-    """Without `[Errno 2]`: what pymirror raises names the errno itself."""
+    """The errno by name, as what pymirror raises has it, and for a file what to do."""
     text = error.strerror or str(error)
-    return text if error.filename is None else f"{text}: {error.filename}"
+    if isinstance(error, MirrorError) or error.errno is None:
+        return text
+    text = f"{errno_name(error.errno)}: {text}"
+    return text if error.filename is None else f"{text}: {error.filename}; do: {_for_a_file(error.errno)}"
+
+
+def _for_a_file(number: int) -> str:
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "give a file that this user may use so, or run as who may"
+    if number == errno.ENOSPC:
+        return "make room on that file system, or give another"
+    return "give the path of a file, in a folder that is there"
 
 
 def _silence_stdout() -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, CommandError
+from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError
 from pymirror.cli.tracing import add_trace_option, tracing
 from pymirror.features import probe
 from pymirror.replay import FIELDS, FormatError, Result, Scenario, Summary, describe, load, play_all
@@ -21,7 +21,7 @@ class ReplayCommand:
 
     A difference in `prot` is the host's own doing when the raw page table (pagemap, PAGEMAP_SCAN) itself is
     not what was recorded: these are marked `host`, and --show prints that evidence. The exit code is 1 when
-    anything else differs.
+    anything else differs, 2 for a file that holds no scenarios and an unknown ID.
 
     examples:
       pymirror replay tests/golden/cpu.jsonl
@@ -64,7 +64,10 @@ def _load(files: list[str]) -> list[Scenario]:
     try:
         return [scenario for name in files for scenario in load(name)]
     except FormatError as error:
-        raise CommandError(str(error)) from None
+        raise CommandError(
+            f"EINVAL: {error}; do: give files of one JSON object a line, as tests/golden/README.md has them",
+            EXIT_USAGE,
+        ) from None
 
 
 def _chosen(scenarios: list[Scenario], ids: list[str]) -> list[Scenario]:
@@ -72,7 +75,11 @@ def _chosen(scenarios: list[Scenario], ids: list[str]) -> list[Scenario]:
         return scenarios
     unknown = set(ids) - {scenario.id for scenario in scenarios}
     if unknown:
-        raise CommandError(f"no scenario {', '.join(sorted(unknown))} in these files")
+        raise CommandError(
+            f"ENOENT: no scenario {', '.join(sorted(unknown))} in these files;"
+            ' do: give an id, the "id" of a line',
+            EXIT_USAGE,
+        )
     return [scenario for scenario in scenarios if scenario.id in ids]
 
 
