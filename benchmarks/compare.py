@@ -12,7 +12,7 @@ from typing import Any
 class Pair:
     """A benchmark in both files; None where one does not have it.
 
-    ``verdict``: "slower" or "faster" where the quartiles of the two ratios do not overlap, else "same"; "new"
+    ``verdict``: "slower" or "faster" where the spreads of the two ratios do not overlap, else "same"; "new"
     and "gone" where one is missing.
     """
 

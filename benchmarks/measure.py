@@ -12,6 +12,8 @@ import numpy as np
 
 from benchmarks.registry import UNITS, Benchmark, Side, Sides
 
+RESAMPLINGS = 2000
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -74,9 +76,20 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
+def spread_of_ratio(ours: np.ndarray, floor: np.ndarray) -> tuple[float, float]:
+    """The ratio of the medians in 95 of 100 samples that are drawn from these rounds (bootstrap).
+
+    Of pairs, as both sides of a round met the same load.
+    """
+    drawn = np.random.default_rng(0).integers(len(ours), size=(RESAMPLINGS, len(ours)))
+    ratios = np.median(ours[drawn], axis=1) / np.median(floor[drawn], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Result:
-    """Medians in the benchmark's unit; their ratio; as the spread, the quartiles of the pairs' ratios."""
+    """Medians in the benchmark's unit; their ratio; as the spread, where it lies if rounds are drawn anew."""
 
     benchmark: Benchmark
     ours: float
@@ -90,12 +103,10 @@ class Result:
     def of(cls, benchmark: Benchmark, samples: Samples, *, judged: bool) -> Result:
         unit = UNITS[benchmark.unit]
         ours, floor = float(np.median(samples.ours)), float(np.median(samples.floor))
-        low, high = np.percentile(samples.ours / samples.floor, [25, 75])
+        low, high = spread_of_ratio(samples.ours, samples.floor)
         others = {name: float(np.median(costs)) / unit for name, costs in samples.alternatives.items()}
         goal = benchmark.goal if judged else None
-        return cls(
-            benchmark, ours / unit, floor / unit, ours / floor, (float(low), float(high)), goal, others
-        )
+        return cls(benchmark, ours / unit, floor / unit, ours / floor, (low, high), goal, others)
 
     @property
     def met(self) -> bool | None:

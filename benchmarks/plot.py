@@ -12,7 +12,7 @@ _MET, _MISSED, _NO_GOAL = "#228833", "#cc3311", "#777777"
 
 
 def save(found: dict[str, Any], path: str) -> None:
-    """A line a benchmark: its ratio, the quartiles of it, and its goal. PNG or SVG by the name."""
+    """A line a benchmark: its ratio, the spread of it, and its goal. PNG or SVG by the name."""
     from matplotlib.figure import Figure
 
     results = found["results"]
@@ -28,7 +28,7 @@ def save(found: dict[str, Any], path: str) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(results)), [one["name"] for one in results], fontsize=8)
     axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_xlabel("times the floor; bar: quartiles, tick: goal")
+    axes.set_xlabel("times the floor; bar: 95 %, tick: goal")
     machine = found["machine"]
     axes.set_title(
         f"Linux {machine['kernel']}, {machine['cpus']} CPUs, load {machine['load']:.1f}", fontsize=9

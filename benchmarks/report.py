@@ -54,7 +54,7 @@ def print_list(benchmarks: list[Benchmark]) -> None:
 def print_table(results: list[Result]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("benchmark", no_wrap=True)
-    for column in ("ours", "floor", "", "ratio", "quartiles", "goal"):
+    for column in ("ours", "floor", "", "ratio", "95 %", "goal"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     for result in results:
         _add(table, result)
@@ -78,10 +78,10 @@ def print_pairs(pairs: list[Pair]) -> None:
 def _add(table: Table, result: Result) -> None:
     unit = result.benchmark.unit
     color = {None: "", True: "[green]", False: "[red]"}[result.met]
-    quartiles = "-".join(f"{edge:.2f}" for edge in result.spread)
+    spread = "-".join(f"{edge:.2f}" for edge in result.spread)
     goal = "" if result.goal is None else f"{result.goal:g}"
     cost, floor = _figure(result.ours), _figure(result.floor)
-    table.add_row(result.benchmark.name, cost, floor, unit, f"{color}{result.ratio:.2f}", quartiles, goal)
+    table.add_row(result.benchmark.name, cost, floor, unit, f"{color}{result.ratio:.2f}", spread, goal)
     for name, other in result.alternatives.items():
         table.add_row(
             f"  [dim]{name}", f"[dim]{_figure(other)}", "", f"[dim]{unit}", f"[dim]{other / result.floor:.2f}"

@@ -17,7 +17,7 @@ from seams import needs
 import pymirror as pm
 from benchmarks import cases, floors
 from benchmarks.cases.fault import by_loop, by_numpy
-from benchmarks.measure import Result, Samples, measure
+from benchmarks.measure import Result, Samples, measure, spread_of_ratio
 from benchmarks.memory import PAGE, WorkError, expect, mirrored, small_pages
 from benchmarks.registry import Benchmark, Scale, Sides, only_scale, registered
 from pymirror.cli import bench
@@ -117,16 +117,27 @@ def test_all_rounds_are_spread_over_the_setups(setups: int, rounds: int) -> None
     assert len(samples.ours) == len(samples.floor) == len(samples.alternatives["other"]) == rounds
 
 
-def test_a_result_has_medians_their_ratio_and_the_quartiles_of_the_pairs() -> None:
+def test_a_result_has_medians_their_ratio_and_its_spread() -> None:
     ours, floor = np.array([2e3, 4e3, 6e3, 8e3, 100e3]), np.array([1e3, 4e3, 2e3, 4e3, 4e3])
     benchmark = Benchmark("x", "work", 1.5, "us", 5, 1, False, only_scale, lambda scale: nullcontext())
     result = Result.of(benchmark, Samples(ours, floor, {"other": ours * 2}), judged=True)
     assert (result.ours, result.floor, result.ratio) == (6, 4, 1.5)
-    assert result.spread == (2, 3)
+    assert result.spread[0] < 1.5 < result.spread[1]
     assert result.alternatives == {"other": 12}
     assert result.met
     assert Result.of(benchmark, Samples(ours, floor, {}), judged=False).met is None
     assert not Result.of(benchmark, Samples(ours * 1.01, floor, {}), judged=True).met
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 12, 41, 200])
+def test_the_ratio_lies_in_its_spread(rounds: int) -> None:
+    """Also where the ratio of the medians is outside the quartiles of the pairs' ratios: both sides skewed."""
+    rng = np.random.default_rng(rounds)
+    load = rng.lognormal(sigma=1, size=rounds)
+    ours, floor = load * rng.lognormal(sigma=0.5, size=rounds) * 3, load**1.5
+    low, high = spread_of_ratio(ours, floor)
+    assert low <= np.median(ours) / np.median(floor) <= high
+    assert spread_of_ratio(ours, ours * 2) == (0.5, 0.5), "what strikes both sides is no spread"
 
 
 def test_the_alternatives_of_fault_warm_find_the_same_pfns() -> None:
@@ -177,7 +188,7 @@ def test_what_dma_bytes_per_page_says_is_what_the_allocator_gave() -> None:
 
 
 def written(path: Path, **ratios: tuple[float, float, float]) -> str:
-    """A file of results: by name the ratio between its quartiles."""
+    """A file of results: by name the ratio in its spread."""
     results = [
         {
             "name": name,

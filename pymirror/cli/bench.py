@@ -17,10 +17,10 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 class BenchCommand:
     """Measure pymirror beside its floor: the same work in bare C, in the same run, in turns.
 
-    Each NAME is a benchmark; * and ? match. A row has the medians of both sides, their ratio, and the
-    quartiles of the ratios of the rounds. Absolute times change with the machine and its load, ratios hardly
-    do. docs/performance.md says how it is measured and what was found. What the system refuses to this user
-    is left out, and the exit code is 3 then.
+    Each NAME is a benchmark; * and ? match. A row has the medians of both sides, their ratio, and where that
+    lies in 95 of 100 samples drawn from the rounds. Absolute times change with the machine and its load,
+    ratios hardly do. docs/performance.md says how it is measured and what was found. What the system refuses
+    to this user is left out, and the exit code is 3 then.
 
     The floors are compiled when they are needed, so this runs in a clone of the project, with a C compiler.
 
@@ -32,7 +32,8 @@ class BenchCommand:
 
     --json prints one object:
       machine       what it ran on
-      results       list of {name, ours, floor, ratio, spread (quartiles of the ratio), goal (the greatest
+      results       list of {name, ours, floor, ratio, spread (where it lies in 95 of 100
+                    samples drawn from the rounds), goal (the greatest
                     ratio; null: none), unit (of ours and floor)}
       alternatives  by name, what else one might write: {what: cost in the same unit}
     """
