@@ -46,7 +46,9 @@ def build(name: str) -> Path:
 @cache
 def timed() -> ctypes.CDLL:
     """The loops of timed.c. What they return is 64 bits wide, addresses are ints."""
-    library = ctypes.CDLL(str(_compile(ROOT / "benchmarks" / "timed.c", "timed.so", "-shared", "-fPIC")))
+    library = ctypes.CDLL(
+        str(_compile(ROOT / "benchmarks" / "timed.c", "timed.so", "-shared", "-fPIC", "-fvisibility=default"))
+    )
     word = ctypes.c_uint64
     loops = {"touches": 3, "copy": 4, "removes": 2, "writes": 2, "churn": 1, "check": 3}
     for name, arguments in loops.items():

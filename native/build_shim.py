@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "native"
 
-CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-pthread", "-Wall", "-Wextra"]
+CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 # The file that cffi writes names no parameter it does not need and leaves the ends of its tables out.
 GENERATED_CODE = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 

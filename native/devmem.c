@@ -351,11 +351,29 @@ int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret)
     return 0;
 }
 
+/* The one page of a CPU fault. */
+static bool forget_page(struct pm_devices *devices, uint64_t addr)
+{
+    uint64_t *entry = pm_resident_own(devices, addr), slot, block;
+
+    if (!entry || !*entry)
+        return false;
+    slot = pm_page_down(*entry);
+    block = slot & ~(PM_HUGE_SIZE - 1);
+    *entry = 0;
+    devices->stats.resident--;
+    if (free_slots(devices, pm_devmem_of(devices, slot), slot, 1))
+        drop_tables(block, block + PM_HUGE_SIZE);
+    return true;
+}
+
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
 {
     struct pm_devices *devices = mm->devices;
     uint64_t end = addr + (n << PM_PAGE_SHIFT), run, unused = 0, unused_end = 0;
 
+    if (n == 1 && forget_page(devices, addr))
+        return;
     for (; addr < end; addr += run << PM_PAGE_SHIFT) {
         uint64_t *whole = pm_resident_whole(devices, addr), slot = pm_resident(devices, addr);
         uint64_t block = slot & ~(PM_HUGE_SIZE - 1);

@@ -87,6 +87,8 @@ bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end);
 uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow);
 /* Its value, 0: at home. */
 uint64_t pm_resident_word(struct pm_devices *devices, uint64_t addr);
+/* The entry of a page that is not noted with all of its 2 MiB; NULL: it is, or has none. */
+uint64_t *pm_resident_own(struct pm_devices *devices, uint64_t addr);
 /* The one word of the 2 MiB range that addr is in, if it has one. */
 uint64_t *pm_resident_whole(struct pm_devices *devices, uint64_t addr);
 /* So that a range can be noted by one; then do it: nothing of it is resident, and two nodes are promised. */
@@ -106,8 +108,9 @@ uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end
  * What a walk of that owner reads for pages of its own that are in device memory; `keep`: bits that they may
  * have. Takes the lock. True if there was one.
  */
-/* Is it in a huge page of device memory, mapped whole when it comes home? With the device lock held. */
-bool pm_resident_huge(struct pm_mm *mm, uint64_t addr);
+/* Is it, in this slot, in a huge page of device memory, mapped whole when it comes home? With the device lock
+ * held. */
+bool pm_resident_huge(struct pm_mm *mm, uint64_t addr, uint64_t slot);
 bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t n, uint64_t keep,
                       uint64_t *pfns);
 /* Entries of the pagemap, with resident pages as present. */

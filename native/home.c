@@ -226,11 +226,11 @@ int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devme
     return err;
 }
 
-/* How much comes home with the page at addr. */
-static void span_around(struct pm_mm *mm, uint64_t addr, uint64_t *start, uint64_t *end)
+/* How much comes home with the page at addr, which is in that slot. */
+static void span_around(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t *start, uint64_t *end)
 {
     /* A huge page that comes home in pieces would be split. */
-    uint64_t around = pm_resident_huge(mm, addr) ? PM_HUGE_SIZE : mm->devices->around;
+    uint64_t around = pm_resident_huge(mm, addr, slot) ? PM_HUGE_SIZE : mm->devices->around;
 
     *start = addr & ~(around - 1);
     *end = *start + around;
@@ -240,10 +240,11 @@ static void span_around(struct pm_mm *mm, uint64_t addr, uint64_t *start, uint64
  * one may wait for it to fault in what it writes from. */
 static void drain_inline(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
-    uint64_t n, until = pm_now_ns() + drain_limit_ns;
+    uint64_t n, until;
 
-    if (!mm->inline_faults)
+    if (!mm->inline_faults || !mm->inflight)
         return;
+    until = pm_now_ns() + drain_limit_ns;
     for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += n << PM_PAGE_SHIFT) {
         n = pm_resident_run(mm->devices, addr, end);
         pm_drain_writes(mm, addr, addr + (n << PM_PAGE_SHIFT) - 1, until);
@@ -275,11 +276,11 @@ static int64_t home_of(struct pm_mm *mm, const struct pm_devmem *vram, uint64_t 
 
 int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
-    int64_t total = 0, got = 1;
+    int64_t total = 0, got = 1, all = (int64_t)((end - start) >> PM_PAGE_SHIFT);
     uint64_t first;
 
     drain_inline(mm, start, end);
-    while (got > 0 && pm_resident_next(mm->devices, (first = start, &first), end)) {
+    while (got > 0 && total < all && pm_resident_next(mm->devices, (first = start, &first), end)) {
         got = home_of(mm, pm_devmem_of(mm->devices, pm_resident(mm->devices, first)), start, end);
         total += got > 0 ? got : 0;
     }
@@ -341,15 +342,15 @@ static int fill_hole(struct pm_mm *mm, uint64_t addr)
     return err;
 }
 
-static bool resident(struct pm_mm *mm, uint64_t addr)
+static uint64_t resident(struct pm_mm *mm, uint64_t addr)
 {
-    return mm->devices && pm_resident(mm->devices, addr);
+    return mm->devices ? pm_resident(mm->devices, addr) : 0;
 }
 
 /* Has the page to stay for now? Its toucher waits, unless there are too many of them. */
-static bool defer(struct pm_mm *mm, uint64_t addr)
+static bool defer(struct pm_mm *mm, uint64_t addr, uint64_t slot)
 {
-    uint64_t until = pm_devmem_until(mm->devices, pm_resident(mm->devices, addr));
+    uint64_t until = pm_devmem_until(mm->devices, slot);
 
     if (!until || until <= pm_now_ns())
         return false;
@@ -361,14 +362,14 @@ static bool defer(struct pm_mm *mm, uint64_t addr)
     return true;
 }
 
-static int serve(struct pm_mm *mm, uint64_t addr)
+static int serve(struct pm_mm *mm, uint64_t addr, uint64_t slot)
 {
     uint64_t start = addr, end = addr + PM_PAGE_SIZE;
-    bool there = resident(mm, addr), fill = !there;
+    bool there = slot, fill = !there;
     int64_t err = 0;
 
     if (there) {
-        span_around(mm, addr, &start, &end);
+        span_around(mm, addr, slot, &start, &end);
         mm->devices->met_holes = false;
         err = pm_home_told(mm, start, end);
         there = resident(mm, addr);
@@ -384,7 +385,9 @@ static int serve(struct pm_mm *mm, uint64_t addr)
 
 int pm_home_fault(struct pm_mm *mm, uint64_t addr)
 {
-    return resident(mm, addr) && defer(mm, addr) ? -EAGAIN : serve(mm, addr);
+    uint64_t slot = resident(mm, addr);
+
+    return slot && defer(mm, addr, slot) ? -EAGAIN : serve(mm, addr, slot);
 }
 
 /* Not later than was told at first: others that come to the same 2 MiB have theirs to stay longer. */
@@ -395,10 +398,11 @@ static bool is_due(struct pm_mm *mm, const struct pm_deferred *deferred)
 
 int pm_home_deferred_ms(struct pm_mm *mm)
 {
-    uint64_t first = UINT64_MAX, now = pm_now_ns();
+    uint64_t first = UINT64_MAX, now;
 
     if (!mm->ndeferred)
         return -1;
+    now = pm_now_ns();
     pm_lock(mm);
     for (unsigned i = 0; i < mm->ndeferred; i++)
         first = pm_min(first, is_due(mm, &mm->deferred[i]) ? 0 : mm->deferred[i].until_ns);
@@ -419,7 +423,7 @@ void pm_home_deferred(struct pm_mm *mm)
         struct pm_deferred deferred = mm->deferred[i];
 
         if (is_due(mm, &deferred))
-            serve(mm, deferred.addr);
+            serve(mm, deferred.addr, resident(mm, deferred.addr));
         else
             mm->deferred[mm->ndeferred++] = deferred;
     }

@@ -142,6 +142,9 @@ static void handle_fork(struct pm_mm *mm, int child_uffd)
 
 static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
 {
+    /* Its part comes after that of all others. */
+    if (msg->event == UFFD_EVENT_PAGEFAULT)
+        return;
     if (pm_lift_claims(mm, msg))
         return;
     switch (msg->event) {
@@ -239,7 +242,8 @@ static void take_events(struct pm_mm *mm)
     set_state(mm, 2);
     pm_lock(mm);
     set_state(mm, 4);
-    pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
+    if (mm->inflight)
+        pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     set_state(mm, 3);
     atomic_store(&mm->reading, true);
     read_messages(mm);

@@ -162,6 +162,13 @@ uint64_t pm_resident_word(struct pm_devices *devices, uint64_t addr)
     return node_at(*word)[slot_of(addr, 0)];
 }
 
+uint64_t *pm_resident_own(struct pm_devices *devices, uint64_t addr)
+{
+    uint64_t *word = leaf_word(devices, addr, false);
+
+    return word && *word && !is_whole(*word) ? &node_at(*word)[slot_of(addr, 0)] : NULL;
+}
+
 bool pm_resident_ready(struct pm_devices *devices, uint64_t addr)
 {
     return leaf_word(devices, addr, true);
@@ -228,6 +235,8 @@ uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end
     uint64_t *entry, first, n = 0;
 
     end = leaf_end(addr, end);
+    if (end - addr == PM_PAGE_SIZE)
+        return 1;
     if (pm_resident_whole(devices, addr))
         return (end - addr) >> PM_PAGE_SHIFT;
     entry = pm_resident_at(devices, addr, false);
@@ -254,10 +263,8 @@ uint64_t pm_resident_stretch(struct pm_devices *devices, uint64_t addr, uint64_t
     return n;
 }
 
-bool pm_resident_huge(struct pm_mm *mm, uint64_t addr)
+bool pm_resident_huge(struct pm_mm *mm, uint64_t addr, uint64_t slot)
 {
-    uint64_t slot = pm_resident(mm->devices, addr);
-
     return (addr - slot) % PM_HUGE_SIZE == 0 && pm_devmem_full(mm->devices, slot) &&
            pm_pagemap_is(mm, slot, PM_ABI_PAGE_IS_HUGE);
 }
@@ -284,7 +291,9 @@ bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t
         if (pm_devmem_of(mm->devices, entry)->owner != owner)
             continue;
         if (huge != addr / PM_HUGE_SIZE)
-            order = pm_resident_huge(mm, addr) ? (uint64_t)PM_HUGE_ORDER << PM_PFN_ORDER_SHIFT : 0;
+            order = pm_resident_huge(mm, addr, pm_page_down(entry))
+                        ? (uint64_t)PM_HUGE_ORDER << PM_PFN_ORDER_SHIFT
+                        : 0;
         huge = addr / PM_HUGE_SIZE;
         pfns[(addr - start) >> PM_PAGE_SHIFT] = (shown(mm->devices, entry) | order) & keep;
         any = true;
