@@ -131,7 +131,7 @@ def test_a_result_has_medians_their_ratio_and_its_spread() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2, 12, 41, 200])
 def test_the_ratio_lies_in_its_spread(rounds: int) -> None:
-    """Also where the ratio of the medians is outside the quartiles of the pairs' ratios: both sides skewed."""
+    """Also where it lies outside the quartiles of the pairs' ratios, as with sides that are both skewed."""
     rng = np.random.default_rng(rounds)
     load = rng.lognormal(sigma=1, size=rounds)
     ours, floor = load * rng.lognormal(sigma=0.5, size=rounds) * 3, load**1.5
