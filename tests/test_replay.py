@@ -221,8 +221,8 @@ class TestCommand:
         assert "raw" in out
 
     def test_an_unknown_id_and_a_bad_file_are_messages(self, golden: Path, tmp_path: Path) -> None:
-        assert main(["replay", str(golden / "cpu.jsonl"), "--show", "nobody"]) == 1
+        assert main(["replay", str(golden / "cpu.jsonl"), "--show", "nobody"]) == 2
         assert main(["replay", str(tmp_path / "absent.jsonl")]) == 3
         bad = tmp_path / "bad.jsonl"
         bad.write_text("{}\n")
-        assert main(["replay", str(bad)]) == 1
+        assert main(["replay", str(bad)]) == 2
