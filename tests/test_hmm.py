@@ -228,7 +228,7 @@ class TestWaiting:
     def test_closing_wakes_it_with_false(self) -> None:
         mm = pm.AddressSpace()
         buf = mm.mmap(PAGE)
-        inside, go = threading.Event(), threading.Event()
+        begun, inside, go = threading.Event(), threading.Event(), threading.Event()
 
         class Slow(Driver):
             def release(self) -> None:
@@ -238,7 +238,8 @@ class TestWaiting:
         driver = Slow(mm)
         rng = whole(driver, buf)
         rng.register()
-        held = Background(_hold_invalidation, mm, buf.addr, inside)
+        held = Background(_hold_invalidation, mm, buf.addr, begun, inside)
+        assert begun.wait(WAIT_S)
         waiter = Background(rng.wait_until_valid, timeout=None)
         closing = Background(mm.close)
         assert inside.wait(WAIT_S)
@@ -249,8 +250,11 @@ class TestWaiting:
         assert rng.wait_until_valid() is False
 
 
-def _hold_invalidation(mm: pm.AddressSpace, addr: int, until: threading.Event) -> None:
+def _hold_invalidation(
+    mm: pm.AddressSpace, addr: int, begun: threading.Event, until: threading.Event
+) -> None:
     with mm.invalidate(addr, addr + PAGE):
+        begun.set()
         assert until.wait(WAIT_S)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE
 from racing import in_child, run_child, wait_for
-from seams import WAIT_S, errno_of, inject, needs
+from seams import WAIT_S, errno_of, inject, needs, needs
 
 import pymirror as pm
 
@@ -463,6 +463,7 @@ class TestMemoryThatDoesNotMove:
     def test_what_walks_have_locked_is_not_the_processs(
         self, mm: pm.AddressSpace, vram: pm.DeviceMemory
     ) -> None:
+        needs("pagemap_scan")
         buf = mm.mmap(8 * pm.MiB, huge="thp")
         np.frombuffer(buf, np.uint8)[:] = 7
         with pm.Mirror(mm) as mirror:
