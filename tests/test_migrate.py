@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mirroring import PAGE
 from racing import in_child, run_child, wait_for
-from seams import WAIT_S, errno_of, inject, needs, needs
+from seams import WAIT_S, errno_of, inject, needs
 
 import pymirror as pm
 
