@@ -155,6 +155,13 @@ def test_more_than_a_process_can_map_is_wrong_usage() -> None:
         assert "more than a process can map" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["demo", "study"])
+def test_more_than_the_machine_has_is_wrong_usage(command: str) -> None:
+    done = run(command, "--size", "100T")
+    assert done.returncode == cli.EXIT_USAGE
+    assert "more than this machine has" in done.stderr
+
+
 def test_an_error_names_its_errno_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pymirror.cli.demo_tables import print_report
-from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, size
+from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, memory_size
 from pymirror.cli.text import console
 from pymirror.cli.tracing import add_trace_option, tracing
 from pymirror.demo import Demo, Options, Report, Stop
@@ -59,7 +59,7 @@ class DemoCommand:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         default = Options()
         parser.add_argument(
-            "--size", type=size, default=default.size, help="memory to mirror (default: 256M)"
+            "--size", type=memory_size, default=default.size, help="memory to mirror (default: 256M)"
         )
         parser.add_argument(
             "--seconds",

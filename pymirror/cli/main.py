@@ -91,6 +91,14 @@ def size(text: str) -> int:
     return value
 
 
+def memory_size(text: str) -> int:
+    """A size that this machine's memory has room for; an argparse type."""
+    value, total = size(text), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if value > total:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than this machine has, {total >> 20}M")
+    return value
+
+
 def seconds(text: str) -> float:
     """A finite number of seconds, 0 or more; an argparse type."""
     try:

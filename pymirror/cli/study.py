@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, positive_int, size
+from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, memory_size, positive_int, size
 from pymirror.cli.text import console
 from pymirror.cli.tracing import add_trace_option, tracing
 from pymirror.study import Options, Report, html, plot, run
@@ -67,7 +67,7 @@ class StudyCommand:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         default = Options()
         parser.add_argument(
-            "--size", type=size, default=default.size, help="memory of a workload (default: 32M)"
+            "--size", type=memory_size, default=default.size, help="memory of a workload (default: 32M)"
         )
         parser.add_argument(
             "--chunk", type=size, default=default.chunk, help="bytes of one device access (default: 64K)"
