@@ -112,7 +112,13 @@ PFNS = [pytest.param((), id="pfns"), pytest.param(("pfn",), id="presence")]
 
 @pytest.mark.parametrize(
     ("kind", "disable"),
-    [("thp", ()), ("hugetlb", ()), *((kind, ("pfn",)) for kind in ("small", "hugetlb", "shared"))],
+    [
+        ("thp", ()),
+        pytest.param("hugetlb", (), marks=pytest.mark.hugetlb),
+        ("small", ("pfn",)),
+        pytest.param("hugetlb", ("pfn",), marks=pytest.mark.hugetlb),
+        ("shared", ("pfn",)),
+    ],
 )
 def test_what_is_known_costs_no_entry_a_page(kind: str, disable: tuple[str, ...]) -> None:
     if "pfn" not in disable:
