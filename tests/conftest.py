@@ -10,6 +10,7 @@ have a substitute, and nothing may be refused for their want.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -73,6 +74,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.fixturenames.append("hugepages")  # type: ignore[attr-defined]
     # What changes the machine for all users comes when others' tests, begun together with these, are over.
     items.sort(key=lambda item: item.get_closest_marker("changes_machine") is not None)
+
+
+def pytest_collection_finish() -> None:
+    # The thousands of tests are no garbage, and every collection in a test would go through them.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
