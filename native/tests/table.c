@@ -244,17 +244,19 @@ static void verify_finds_what_changed(void)
 {
     pm_table *table = new_table();
     uint64_t from = 0, to = 0;
+    /* Two pages of one leaf, wherever the memory is: a run that is found ends with its leaf. */
+    uint64_t gone = at(4) % (2 << 20) ? 3 : 4;
 
     memset(mem, 1, 8 * PAGE);
     CHECK_EQ(mirror_pages(mm, table, sub, mem, 8, WANT_WRITE), 0);
     CHECK_EQ(pm_table_verify(table, at(0), at(8), &from, &to), 0);
     /* Through the raw call: no invalidation tells of it. */
-    CHECK_EQ(madvise(mem + 3 * PAGE, 2 * PAGE, MADV_DONTNEED), 0);
+    CHECK_EQ(madvise(mem + gone * PAGE, 2 * PAGE, MADV_DONTNEED), 0);
     CHECK_EQ(pm_table_verify(table, at(0), at(8), &from, &to), -ESTALE);
-    CHECK_EQ(from, at(3));
-    CHECK_EQ(to, at(5));
-    CHECK_EQ(pm_table_verify(table, at(5), at(8), &from, &to), 0);
-    CHECK_EQ(pm_table_clear(table, at(3), at(5)), 2);
+    CHECK_EQ(from, at(gone));
+    CHECK_EQ(to, at(gone + 2));
+    CHECK_EQ(pm_table_verify(table, at(gone + 2), at(8), &from, &to), 0);
+    CHECK_EQ(pm_table_clear(table, at(gone), at(gone + 2)), 2);
     CHECK_EQ(pm_table_verify(table, at(0), at(8), &from, &to), 0);
     pm_table_put(table);
 }
