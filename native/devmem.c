@@ -125,7 +125,7 @@ uint64_t pm_devmem_blocks(struct pm_devmem *vram, uint64_t *n)
     uint64_t first = unused_block(vram), run = 0;
     uint64_t most = pm_min(*n, (vram->limit - vram->used) >> PM_HUGE_ORDER);
 
-    most = vram->aim_slot ? 0 : pm_min(most, vram->nblocks - first);
+    most = pm_min(most, vram->nblocks - first);
     while (run < most && !vram->blocks[first + run].used)
         run++;
     *n = run;

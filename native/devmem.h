@@ -104,13 +104,13 @@ bool pm_resident_next(struct pm_devices *devices, uint64_t *addr, uint64_t end);
 uint64_t pm_resident_stretch(struct pm_devices *devices, uint64_t addr, uint64_t end);
 /* How many pages from addr on, before end and in its 2 MiB, have slots in a row, and the same bits. */
 uint64_t pm_resident_run(struct pm_devices *devices, uint64_t addr, uint64_t end);
+/* Is it, in this slot, in a huge page of device memory, mapped whole when it comes home? With the device lock
+ * held. */
+bool pm_resident_huge(struct pm_mm *mm, uint64_t addr, uint64_t slot);
 /*
  * What a walk of that owner reads for pages of its own that are in device memory; `keep`: bits that they may
  * have. Takes the lock. True if there was one.
  */
-/* Is it, in this slot, in a huge page of device memory, mapped whole when it comes home? With the device lock
- * held. */
-bool pm_resident_huge(struct pm_mm *mm, uint64_t addr, uint64_t slot);
 bool pm_resident_show(struct pm_mm *mm, uint64_t owner, uint64_t start, uint64_t n, uint64_t keep,
                       uint64_t *pfns);
 /* Entries of the pagemap, with resident pages as present. */
@@ -186,6 +186,8 @@ void pm_coherent_first(struct pm_devmem *vram, uint64_t *addr); /* of those it h
 void pm_coherent_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len);
 
 /* home.c */
+/* Wake who waits for these pages: whoever is not woken sleeps for ever. */
+void pm_wake(struct pm_mm *mm, uint64_t start, uint64_t len);
 /* Bring home the pages in `only`, NULL: in any device memory: how many, -EAGAIN while an event is unread, or
  * what the kernel refuses it with. */
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only);

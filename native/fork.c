@@ -44,7 +44,6 @@ static void open_piece(struct pm_mm *mm, enum pm_event_type type, uint64_t start
     event.seq = pm_inv_open(mm, inv, start, pm_last(end), (int)type, PM_BEFORE);
     event.when_ns = inv->since_ns;
     pm_queue_push(mm, &event);
-    mm->stats.events[type] += type != PM_PROTECTION_PAGE;
 }
 
 /* Without the kernel's message nobody could copy: all comes home, and its drivers know of no other reason. */
@@ -54,6 +53,7 @@ static void leave_devices(struct pm_mm *mm)
 
     pm_lock(mm);
     open_piece(mm, PM_MIGRATE, 0, 0);
+    mm->stats.events[PM_MIGRATE]++;
     pm_unlock(mm);
     pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
 }

@@ -92,8 +92,7 @@ static uint64_t run_home(struct pm_devices *devices, uint64_t addr, uint64_t end
     return whole ? whole * PM_HUGE_SIZE : pm_resident_run(devices, addr, end) << PM_PAGE_SHIFT;
 }
 
-/* Whoever is not woken sleeps for ever. */
-static void wake(struct pm_mm *mm, uint64_t start, uint64_t len)
+void pm_wake(struct pm_mm *mm, uint64_t start, uint64_t len)
 {
     for (int i = 0; i < AGAIN_LIMIT; i++) {
         struct uffdio_range range = {start, len};
@@ -132,7 +131,7 @@ int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_
             pm_home_readonly(mm, addr, addr + (uint64_t)got);
         pm_devmem_forget(mm, addr, (uint64_t)got >> PM_PAGE_SHIFT);
         if (!wakes && !mm->inline_faults)
-            wake(mm, addr, (uint64_t)got);
+            pm_wake(mm, addr, (uint64_t)got);
         devices->stats.to_system += (uint64_t)got >> PM_PAGE_SHIFT;
         total += got >> PM_PAGE_SHIFT;
     }
@@ -379,7 +378,7 @@ static int serve(struct pm_mm *mm, uint64_t addr, uint64_t slot)
         err = fill_hole(mm, addr);
     /* Whatever did not work is tried again when the thread faults again; what did has woken it. */
     if (!mm->inline_faults && (there || err < 0))
-        wake(mm, start, end - start);
+        pm_wake(mm, start, end - start);
     return err < 0 ? (int)err : 0;
 }
 

@@ -230,7 +230,7 @@ static int lift_unpinned(struct pm_devmem *vram, struct pm_lift *lift)
     end(vram, err);
     if (area)
         drop_area(mm, area, to, len);
-    pm_sys_ioctl(mm->uffd, UFFDIO_WAKE, &(struct uffdio_range){lift->addr, len});
+    pm_wake(mm, lift->addr, len);
     return err;
 }
 

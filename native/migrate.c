@@ -207,7 +207,7 @@ static int move_out_huge(struct pm_devmem *vram, uint64_t *addr, uint64_t end, u
     int64_t got;
     int err;
 
-    if (*addr % PM_HUGE_SIZE || end - *addr < PM_HUGE_SIZE || vram->exclusive)
+    if (*addr % PM_HUGE_SIZE || end - *addr < PM_HUGE_SIZE || vram->exclusive || vram->aim_slot)
         return 0;
     most = pm_pagemap_huge_alike(vram->mm, *addr, most & ~(PM_HUGE_SIZE - 1), kinds, &kind);
     most &= ~(PM_HUGE_SIZE - 1);
@@ -418,6 +418,35 @@ static int lift_range(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t
     return err;
 }
 
+/* How far the next step goes. What a device has to itself moves without its huge page, which is split. */
+static uint64_t step_end(const struct pm_devmem *vram, uint64_t addr, uint64_t end)
+{
+    uint64_t step = vram->exclusive ? PM_HUGE_SIZE / 2 : PM_HUGE_SIZE;
+
+    return pm_min(end, (addr & ~(step - 1)) + step);
+}
+
+/* Huge pages in a row by one call, or what is in one 2 MiB range. */
+static int move_step(struct pm_devmem *vram, uint64_t *addr, uint64_t end, uint64_t *moved)
+{
+    uint64_t before = *addr;
+    int err = move_out_huge(vram, addr, end, moved);
+
+    if (err || *addr != before)
+        return err;
+    *addr = step_end(vram, before, end);
+    return move_out_range(vram, before, *addr, moved);
+}
+
+static int lift_step(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t *addr, uint64_t end,
+                     uint64_t *moved)
+{
+    uint64_t before = *addr;
+
+    *addr = step_end(vram, before, end);
+    return lift_range(vram, vma, before, *addr, moved);
+}
+
 /* With watch_lock held. Memory that cannot be watched, or moved, stays where it is. */
 static int move_out_vma(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t start, uint64_t end,
                         uint64_t *moved)
@@ -429,19 +458,8 @@ static int move_out_vma(struct pm_devmem *vram, const struct pm_vma *vma, uint64
         return 0;
     if (way == MOVE && set_missing(vram->mm, vma, start, end))
         return 0;
-    while (!err && start < end) {
-        uint64_t before = start;
-
-        err = way == MOVE ? move_out_huge(vram, &start, end, moved) : 0;
-        if (err || start != before)
-            continue;
-        uint64_t step = vram->exclusive ? PM_HUGE_SIZE / 2 : PM_HUGE_SIZE; /* it splits huge pages */
-        uint64_t next = pm_min(end, (start & ~(step - 1)) + step);
-
-        err = way == MOVE ? move_out_range(vram, start, next, moved)
-                          : lift_range(vram, vma, start, next, moved);
-        start = next;
-    }
+    while (!err && start < end)
+        err = way == MOVE ? move_step(vram, &start, end, moved) : lift_step(vram, vma, &start, end, moved);
     return err;
 }
 
