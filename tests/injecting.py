@@ -212,7 +212,7 @@ def zapped(space: Space) -> None:
     space.set(2, b"\0")
 
 
-def _move(space: Space) -> None:
+def move(space: Space) -> None:
     moved = space.mm.mremap(space.page(2), PAGE, 2 * PAGE)
     space.gone = True
     assert bytes(moved)[:PAGE] == bytes(space.expected[2 * PAGE : 3 * PAGE])
@@ -329,7 +329,7 @@ OPERATIONS = [
     Operation("munmap", unmap, map_all, unmapped),
     Operation("mprotect", protect, map_all, protected),
     Operation("madvise", zap, map_all, zapped),
-    Operation("mremap", _move, map_all),
+    Operation("mremap", move, map_all),
     Operation("foreign madvise", foreign_zap, map_all),
     Operation("foreign munmap", foreign_unmap, map_all, gone),
     Operation("fork", fork, map_all, reported),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,8 @@ from injecting import (
     foreign_zap,
     fork,
     map_all,
+    move,
+    protect,
     unmap,
     zap,
     zapped,
@@ -100,17 +101,6 @@ def _touch(space: Any) -> None:
 def _store(space: Any) -> None:
     ctypes.memset(space.page(3) + 5, 9, 10)
     space.expected[3 * PAGE + 5 : 3 * PAGE + 15] = bytes([9]) * 10
-
-
-def _read_only(space: Any) -> None:
-    space.mm.mprotect(space.page(2), PAGE, mmap.PROT_READ)
-
-
-def _move(space: Any) -> None:
-    moved = space.mm.mremap(space.page(2), PAGE, 2 * PAGE)
-    space.gone = True
-    assert bytes(moved)[:PAGE] == bytes(space.expected[2 * PAGE : 3 * PAGE])
-    space.made.append(moved)
 
 
 def _foreign_move(space: Any) -> None:
@@ -223,9 +213,9 @@ def _operations(delivery: str) -> list[Operation]:
         op("device read of what is there", device_read, there, also=frozenset({errno.EBUSY})),
         op("device write to what is there", device_write, there, also=frozenset({errno.EBUSY})),
         op("munmap of what is there", unmap, there),
-        op("mprotect of what is there", _read_only, there),
+        op("mprotect of what is there", protect, there),
         op("madvise of what is there", zap, there, zapped),
-        op("mremap of what is there", _move, there),
+        op("mremap of what is there", move, there),
         op("foreign madvise of what is there", foreign_zap, there),
         op("foreign munmap of what is there", foreign_unmap, there),
         op("foreign mremap of what is there", _foreign_move, there),
@@ -253,32 +243,30 @@ def _dma(run: Callable[[Any], object]) -> Callable[[Any], None]:
     return with_it
 
 
-def _range_map(space: Any) -> None:
-    """A range faulted, mapped, read by DMA, and unmapped."""
+@contextmanager
+def _range_mapped(space: Any, flags: int) -> Iterator[int]:
+    """A range faulted and mapped for DMA: the address of its page 5."""
     device = space.driver.device
     with space.driver.range(space.buf.addr, space.page(PAGES)) as rng:
-        rng.default_flags = FAULT
+        rng.default_flags = flags
         rng.wait_until_valid()
         rng.fault()
         daddrs = pm.hmm_range_dma_map(rng, device)
         try:
-            assert device.dma_read(int(daddrs[5]), PAGE) == bytes(space.expected[5 * PAGE : 6 * PAGE])
+            yield int(daddrs[5])
         finally:
-            pm.hmm_range_dma_unmap(rng, device)
+            pm.hmm_range_dma_unmap(rng, device, dirty=flags == WRITE)
+
+
+def _range_map(space: Any) -> None:
+    with _range_mapped(space, FAULT) as daddr:
+        assert space.driver.device.dma_read(daddr, PAGE) == bytes(space.expected[5 * PAGE : 6 * PAGE])
 
 
 def _dma_write(space: Any) -> None:
-    device = space.driver.device
-    with space.driver.range(space.buf.addr, space.page(PAGES)) as rng:
-        rng.default_flags = WRITE
-        rng.wait_until_valid()
-        rng.fault()
-        daddrs = pm.hmm_range_dma_map(rng, device)
-        try:
-            space.set(5, b"\6")
-            device.dma_write(int(daddrs[5]), bytes([6]) * PAGE)
-        finally:
-            pm.hmm_range_dma_unmap(rng, device, dirty=True)
+    with _range_mapped(space, WRITE) as daddr:
+        space.set(5, b"\6")
+        space.driver.device.dma_write(daddr, bytes([6]) * PAGE)
 
 
 def _pin_map(space: Any) -> None:
@@ -438,7 +426,7 @@ def operations() -> list[Operation]:
         Operation("coherent migration home", _to_system, there, _none_there, opens=COHERENT, also=MOVES),
         Operation("coherent munmap", unmap, there, opens=COHERENT),
         Operation("coherent madvise", zap, there, zapped, opens=COHERENT),
-        Operation("coherent mremap", _move, there, opens=COHERENT),
+        Operation("coherent mremap", move, there, opens=COHERENT),
         Operation("coherent fork", fork, there, opens=COHERENT),
         Operation("coherent pin", _pin, there, opens=COHERENT, also=MOVES),
         Operation("coherent memory", _memory("coherent"), opens=thread, also=MOVES),

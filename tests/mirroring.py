@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from seams import WAIT_S
+from seams import WAIT_S, errno_of, needs
 
 import pymirror as pm
 from pymirror.pfn import PfnArray
@@ -49,6 +50,34 @@ def whole(driver: pm.Mirror, buf: pm.Region, flags: int = FAULT) -> pm.Range:
 def invalidate(mm: pm.AddressSpace, start: int, pages: int = 1, **how: Any) -> None:
     with mm.invalidate(start, start + pages * PAGE, **how):
         pass
+
+
+#: Of CPU faults on a device's pages, and how these got there.
+DELIVERIES = ("thread", "inline", "thread without move", "inline without move")
+
+
+def space_by(delivery: str) -> pm.AddressSpace:
+    """For device memory, by one of DELIVERIES."""
+    fault_delivery, *off = delivery.split(" without ")
+    needs("sigbus" if fault_delivery == "inline" else "uffd_kernel", "uffd_events", "pagemap")
+    return pm.AddressSpace(fault_delivery=fault_delivery, disable=off)
+
+
+def errno_in_a_callback(mm: pm.AddressSpace, call: Callable[..., object], *args: Any) -> int:
+    """The errno of what a call raises in an invalidation callback of other memory."""
+    other = filled(mm, 1)
+    found: list[int] = []
+
+    def callback(sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, seq: int) -> bool:
+        sub.set_seq(seq)
+        found.append(errno_of(call, *args))
+        return True
+
+    sub = pm.IntervalNotifier(mm, other.addr, other.size, callback)
+    invalidate(mm, other.addr)
+    sub.remove()
+    (code,) = found
+    return code
 
 
 def as_bytes(buf: pm.Region) -> memoryview:

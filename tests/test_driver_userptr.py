@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mirroring import PAGE, as_bytes, filled, invalidate
+from mirroring import PAGE, as_bytes, errno_in_a_callback, filled
 from racing import CHANGES, FOREIGN, GONE, changes, in_child
 from seams import Background, errno_of, foreign, needs, points
 
@@ -185,19 +185,9 @@ class TestRestart:
         assert driver.retry.stats.retries >= 1
 
     def test_a_callback_cannot_close_an_object_and_nothing_is_changed(self, driver: Userptr) -> None:
-        buf, other = filled(driver.mm, 4), filled(driver.mm, 4)
+        buf = filled(driver.mm, 4)
         bo = whole(driver, buf)
-        refused: list[int] = []
-
-        def callback(sub: pm.IntervalNotifier, update: pm.MmuNotifierRange, seq: int) -> bool:
-            sub.set_seq(seq)
-            refused.append(errno_of(driver.gem_close, bo))
-            return True
-
-        sub = pm.IntervalNotifier(driver.mm, other.addr, other.size, callback)
-        invalidate(driver.mm, other.addr)
-        sub.remove()
-        assert refused == [errno.EDEADLK]
+        assert errno_in_a_callback(driver.mm, driver.gem_close, bo) == errno.EDEADLK
         assert driver.submit([Read(bo, 0, 4)]) == [bytes(as_bytes(buf)[:4])]
 
     def test_closing_anothers_object(self, driver: Userptr) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mirroring import PAGE
+from mirroring import DELIVERIES, PAGE, space_by
 from racing import in_child
 from seams import Background, errno_of, foreign, needs, points
 
@@ -59,11 +59,10 @@ class Gpu:
         self.dev.page_table.clear(0, 1 << 64)
 
 
-@pytest.fixture(params=["thread", "inline", "thread without move", "inline without move"])
+@pytest.fixture(params=DELIVERIES)
 def mm(request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
     needs("uffd_kernel", "uffd_events", "sigbus", "pagemap")
-    delivery, *off = request.param.split(" without ")
-    with pm.AddressSpace(fault_delivery=delivery, disable=off) as mm:
+    with space_by(request.param) as mm:
         yield mm
 
 

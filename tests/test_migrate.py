@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mirroring import PAGE
+from mirroring import DELIVERIES, PAGE, space_by
 from racing import in_child, run_child, wait_for
 from seams import WAIT_S, errno_of, inject, needs
 
@@ -28,11 +28,9 @@ PAGES = 64
 MADV_DONTFORK, MADV_DOFORK = 10, 11
 
 
-@pytest.fixture(params=["thread", "inline", "thread without move", "inline without move"])
+@pytest.fixture(params=DELIVERIES)
 def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    delivery, *off = request.param.split(" without ")
-    needs("sigbus" if delivery == "inline" else "uffd_kernel", "uffd_events", "pagemap")
-    with pm.AddressSpace(fault_delivery=delivery, disable=off) as space:
+    with space_by(request.param) as space:
         yield space
 
 
@@ -233,6 +231,11 @@ class TestWhatStays:
                 pytest.raises(pm.FeatureError, match=feature),
             ):
                 to_device(patterned(mm), vram)
+
+
+def mlock(buf: pm.Region) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mlock(ctypes.c_void_p(buf.addr), ctypes.c_size_t(buf.size)) == 0
 
 
 def locked_kib() -> int:
@@ -436,8 +439,7 @@ class TestMemoryThatDoesNotMove:
         self, mm: pm.AddressSpace, vram: pm.DeviceMemory
     ) -> None:
         buf = patterned(mm)
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mlock(ctypes.c_void_p(buf.addr), ctypes.c_size_t(buf.size)) == 0
+        mlock(buf)
         before = locked_kib()
         assert before >= buf.size >> 10
         there = PAGES if "move" in mm.features else 0
@@ -453,8 +455,7 @@ class TestMemoryThatDoesNotMove:
         self, mm: pm.AddressSpace, vram: pm.DeviceMemory
     ) -> None:
         buf = patterned(mm)
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mlock(ctypes.c_void_p(buf.addr), ctypes.c_size_t(buf.size)) == 0
+        mlock(buf)
         with inject("MLOCK", 1, errno.ENOMEM, times=1 << 20):
             assert errno_of(to_device, buf, vram) == (errno.ENOMEM if "move" in mm.features else 0)
         assert vram.used == 0
@@ -479,8 +480,7 @@ class TestMemoryThatDoesNotMove:
 
     def test_locked_memory_stays(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
         buf = patterned(mm)
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mlock(ctypes.c_void_p(buf.addr), ctypes.c_size_t(buf.size)) == 0
+        mlock(buf)
         mm.mprotect(buf.addr, buf.size, 1)
         assert to_device(buf, vram) == 0
         assert intact(buf)
