@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mirroring import PAGE, as_bytes, filled
 from racing import CHANGES, GONE, changes, eventually, in_child
-from seams import Background, errno_of, foreign, needs, points
+from seams import WAIT_S, Background, errno_of, foreign, needs, points
 
 import pymirror as pm
 from pymirror.drivers import svm_devmem
@@ -451,6 +451,7 @@ class TestDeviceMemory:
         svm.device.write(svm.mm, start + 6, b"gpu")
         assert ctypes.string_at(start + 5, 5) == b"\1gpu\1"
         ctypes.memset(start + 7, 9, 1)
+        svm.mm.sync(WAIT_S)
         assert svm.device.read(svm.mm, start + 5, 5) == b"\1g\x09u\1"
         assert svm.stats.migrations >= 2
         del buf
@@ -510,6 +511,7 @@ class TestDeviceMemory:
             assert svm.device.atomic_add(svm.mm, buf.addr + PAGE, 1) == before + number
         assert svm.stats.exclusive == 1
         assert int.from_bytes(as_bytes(buf)[PAGE : PAGE + 8], "little") == before + 3
+        svm.mm.sync(WAIT_S)
         assert svm.device.atomic_add(svm.mm, buf.addr + PAGE, 1) == before + 3
         assert svm.stats.exclusive == 2
         assert svm.device.read(svm.mm, buf.addr, 4) == bytes(as_bytes(buf)[:4])
