@@ -38,7 +38,7 @@ class Copying(DeviceMemoryMachine):
 @pytest.mark.parametrize(
     "machine", [DeviceMemoryMachine, Inline, Copying], ids=["thread", "inline", "copying"]
 )
-@pytest.mark.timeout(90 * STRESS)
+@pytest.mark.timeout(120 * STRESS)
 def test_device_memory_behaves_as_the_model(machine: type[DeviceMemoryMachine]) -> None:
     needs("uffd_kernel", "sigbus", "move", "uffd_events", "event_fork", "wp_async", "pagemap")
     run_state_machine_as_test(machine, settings=SETTINGS)

@@ -327,6 +327,6 @@ SETTINGS = settings(
 )
 
 
-@pytest.mark.timeout(60 * STRESS)
+@pytest.mark.timeout(120 * STRESS)
 def test_dma_behaves_as_the_model() -> None:
     run_state_machine_as_test(DmaMachine, settings=SETTINGS)

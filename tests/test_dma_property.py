@@ -364,7 +364,7 @@ class DriverMemoryMachine(RuleBasedStateMachine):
         self.mm.close()
 
 
-@pytest.mark.timeout(60 * STRESS)
+@pytest.mark.timeout(120 * STRESS)
 def test_driver_memory_behaves_as_the_model(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL", "pymirror.dma")
     run_state_machine_as_test(DriverMemoryMachine, settings=SETTINGS)

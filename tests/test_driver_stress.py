@@ -200,7 +200,7 @@ class Owner(threading.Thread):
 
 
 @pytest.mark.parametrize("delivery", ["thread", "inline"])
-@pytest.mark.timeout(60 + 40 * STRESS)
+@pytest.mark.timeout(100 + 40 * STRESS)
 def test_no_driver_sees_a_stale_byte(delivery: str) -> None:
     seed = int(SEED) if SEED else 1 if "CI" in os.environ else random.SystemRandom().randrange(1 << 30)
     print(f"PYMIRROR_SEED={seed}")

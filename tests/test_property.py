@@ -39,7 +39,7 @@ class AddressSpaceMachine(
             self.world.close()
 
 
-@pytest.mark.timeout(60 * STRESS)
+@pytest.mark.timeout(120 * STRESS)
 def test_the_address_space_behaves_as_the_model() -> None:
     with overcommit(HUGE_PAGES):
         run_state_machine_as_test(AddressSpaceMachine, settings=SETTINGS)
