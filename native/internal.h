@@ -103,7 +103,8 @@ int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, 
 int pm_sys_mincore(uint64_t addr, uint64_t len, unsigned char *vec);
 int pm_sys_userfaultfd(int flags);
 int pm_sys_eventfd(void);
-int pm_sys_memfd(const char *name);
+int pm_sys_memfd(const char *name); /* of this user alone */
+int pm_sys_seal(int fd, int seals); /* F_SEAL_*, for good; counted as memfd */
 int pm_sys_ftruncate(int fd, uint64_t len);
 ssize_t pm_sys_vm_readv(void *buf, uint64_t addr, size_t len);        /* of this process */
 ssize_t pm_sys_vm_writev(const void *buf, uint64_t addr, size_t len); /* of this process */

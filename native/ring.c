@@ -92,6 +92,8 @@ static int open_stage(struct pm_mm *mm)
     if (fd < 0)
         return fd;
     err = pm_sys_ftruncate(fd, PM_STAGE_SIZE);
+    if (!err)
+        err = pm_sys_seal(fd, F_SEAL_SHRINK | F_SEAL_GROW);
     if (err) {
         pm_sys_close(fd);
         return err;

@@ -2,10 +2,12 @@
 /*
  * status.c - the status page: what is waiting for what, readable from outside while this process hangs.
  *
- * A sealed-off memfd: `pymirror inspect` finds it by its name among the descriptors of the process. Plain
- * stores, for a reader that can live with a torn value.
+ * A memfd: `pymirror inspect` finds it by its name among the descriptors of the process. Sealed, so that
+ * whoever may read it cannot write to it, nor cut it off, at which this process would die. Plain stores, for
+ * a reader that can live with a torn value.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -26,6 +28,12 @@ int pm_status_open(struct pm_mm *mm)
     if (!err)
         err = pm_sys_mmap(0, PM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0, &at);
     if (err) {
+        pm_sys_close(fd);
+        return err;
+    }
+    err = pm_sys_seal(fd, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE);
+    if (err) {
+        pm_sys_munmap(at, PM_PAGE_SIZE);
         pm_sys_close(fd);
         return err;
     }

@@ -11,6 +11,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -251,8 +252,22 @@ int pm_sys_eventfd(void)
 int pm_sys_memfd(const char *name)
 {
     int err = enter(PM_SYS_MEMFD);
+    int fd;
 
-    return err ? err : (int)result(memfd_create(name, MFD_CLOEXEC));
+    if (err)
+        return err;
+    fd = (int)result(memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    if (fd >= 0)
+        /* The kernel gives it mode 0777, which would count for whoever reaches it in /proc. */
+        fchmod(fd, S_IRUSR | S_IWUSR);
+    return fd;
+}
+
+int pm_sys_seal(int fd, int seals)
+{
+    int err = enter(PM_SYS_MEMFD);
+
+    return err ? err : (int)result(fcntl(fd, F_ADD_SEALS, seals | F_SEAL_SEAL));
 }
 
 int pm_sys_ftruncate(int fd, uint64_t len)

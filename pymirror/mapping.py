@@ -58,6 +58,7 @@ def backing(size: int, shared: bool, fd: int, huge: str | None) -> int:
         hint = "give a descriptor that is open" if number == errno.EBADF else None
         raise error(number, what, hint=hint) from None
     try:
+        os.fchmod(fd, 0o600)
         os.ftruncate(fd, size)
     except OSError as failed:
         os.close(fd)

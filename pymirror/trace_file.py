@@ -109,8 +109,10 @@ class TraceFile:
 
 
 def _open(path: str) -> int:
-    # A FIFO without a reader must not keep us waiting.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    # A FIFO without a reader must not keep us waiting, nor a terminal become ours. A new file is for this
+    # user alone: addresses are in it.
+    how = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    fd = os.open(path, how, 0o600)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise MirrorError(

@@ -2,6 +2,7 @@
 /* The status page, read as another process would read it: who holds, runs and waits for what. */
 #include <fcntl.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 
 #include "internal.h"
 #include "util.h"
@@ -27,6 +28,29 @@ static void a_new_page_says_what_it_is(void)
     CHECK_EQ(status.lock_tid, 0);
     CHECK_EQ(status.dispatch_state, PM_DISPATCH_NONE);
     CHECK(strcmp(status.version, pm_version()) == 0);
+    close_mm(mm);
+}
+
+/* Of what a process may reach through /proc/PID/fd. */
+static void nobody_else_can_write_to_it(void)
+{
+    pm_mm *mm = open_mm();
+    int fd = pm_mm_status_fd(mm);
+    struct stat about;
+    char path[32];
+    int again;
+
+    CHECK_EQ(fstat(fd, &about), 0);
+    CHECK_EQ(about.st_mode & 07777, 0600);
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    again = open(path, O_RDWR | O_CLOEXEC);
+    CHECK(again >= 0);
+    CHECK_EQ(write(again, "x", 1), -1);
+    CHECK_EQ(ftruncate(again, 0), -1);
+    CHECK_EQ(ftruncate(again, 2 * PAGE), -1);
+    CHECK(mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, again, 0) == MAP_FAILED);
+    CHECK_EQ(fcntl(again, F_ADD_SEALS, 0), -1);
+    close(again);
     close_mm(mm);
 }
 
@@ -183,6 +207,7 @@ int main(int argc, char **argv)
 {
     static const struct test tests[] = {
         TEST(a_new_page_says_what_it_is),
+        TEST(nobody_else_can_write_to_it),
         TEST(an_invalidation_shows_its_thread_and_its_callbacks),
         TEST(an_access_in_flight_shows_its_thread),
         TEST(whoever_takes_events_is_named),

@@ -131,9 +131,14 @@ def read(path: str) -> str | None:
         return None
 
 
+def printable(text: str) -> str:
+    """What another process calls itself, without what a terminal would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def fields(text: str) -> dict[str, str]:
     """`Name:  value` lines, as of /proc/PID/status."""
-    pairs = (line.partition(":") for line in text.splitlines())
+    pairs = (line.partition(":") for line in text.split("\n"))
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
@@ -147,17 +152,18 @@ def process(pid: int) -> Process:
             )
         raise MirrorError(errno.ESRCH, f"there is no process {pid}", hint="ps -ef | grep python")
     status = fields(text)
+    name = printable(status.get("Name", "?"))
     if status.get("State", "?")[0] in "ZX":
         raise MirrorError(
             errno.ESRCH,
-            f"inspect: process {pid} ({status.get('Name', '?')}) has ended; it is a zombie until process"
+            f"inspect: process {pid} ({name}) has ended; it is a zombie until process"
             f" {status.get('PPid', '?')} waits for it",
             hint="nothing of its memory is left to look at",
         )
     return Process(
         pid=int(status.get("Tgid", pid)),
         ns_pid=_innermost(status, pid),
-        name=status.get("Name", "?"),
+        name=name,
         uid=int(status.get("Uid", "0").split()[0]),
         state=status.get("State", "?")[:1],
         tracer=int(status.get("TracerPid", 0)),
@@ -190,7 +196,7 @@ def thread(pid: int, tid: int) -> Thread | None:
     return Thread(
         tid=tid,
         ns_tid=_innermost(status, tid),
-        name=status.get("Name", "?"),
+        name=printable(status.get("Name", "?")),
         state=status.get("State", "?")[:1],
         wchan="" if wchan == "0" else wchan,
         syscall=_parse_syscall(read(f"{folder}/syscall") or ""),

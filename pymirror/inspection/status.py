@@ -11,7 +11,7 @@ from typing import Any
 from .._shim import ffi, lib
 from ..errors import MirrorError
 from ..event import WHOLE_MM_END, Event, Guarantee
-from .procfs import Process, permission_hint
+from .procfs import Process, permission_hint, printable
 
 NAME = "pymirror-status"
 _MAGIC = b"mirror01"
@@ -158,7 +158,7 @@ def _read(process: Process, fd: int) -> bytes | None:
     path = f"/proc/{process.pid}/fd/{fd}"
     try:
         # It may be another file by now: one whose open would wait for somebody.
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except PermissionError:
         raise MirrorError(
             errno.EACCES,
@@ -180,7 +180,7 @@ def _decode(process: Process, fd: int, status: Any) -> Space:
     ranges = min(status.watched_ranges, lib.PM_STATUS_WATCHED)
     return Space(
         fd=fd,
-        version=ffi.string(status.version, len(status.version)).decode(errors="replace"),
+        version=_text(status.version),
         inherited_from=0 if status.pid == process.ns_pid else status.pid,
         state=STATES.get(status.state, "?"),
         invalidations=tuple(_invalidation(one) for one in status.inv if one.since_ns),
@@ -206,12 +206,16 @@ def _invalidation(one: Any) -> Invalidation:
 
 def _wait(one: Any) -> Wait:
     return Wait(
-        lock=ffi.string(one.lock, len(one.lock)).decode(errors="replace"),
+        lock=_text(one.lock),
         tid=one.tid,
         since_ns=one.since_ns,
         holder_tid=one.holder_tid,
         held_since_ns=one.held_since_ns,
     )
+
+
+def _text(chars: Any) -> str:
+    return printable(ffi.string(chars, len(chars)).decode(errors="replace"))
 
 
 def _named(enum: type[Event], value: int) -> str:
