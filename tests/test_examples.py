@@ -13,9 +13,12 @@ from docpages import ROOT
 from seams import needs
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+DEVICE_MEMORY = ("device_memory.py", "exclusive_access.py")
 
 
 def output(name: str, *before: str) -> str:
+    if name in DEVICE_MEMORY:
+        needs("sigbus", "uffd_events", "pagemap")
     done = subprocess.run(
         [*before, sys.executable, "-W", "error", str(ROOT / "examples" / name)],
         capture_output=True,
@@ -82,3 +85,16 @@ def test_the_mistakes_of_a_retry_loop_are_named() -> None:
     assert re.search(r"RuntimeWarning: stale sequence: .* read_begin\(\) inside the retry loop", text)
     assert re.search(r"EPERM: read_retry of .* without 'driver->update'", text)
     assert "through an entry that its callback did not clear" in text
+
+
+def test_pages_come_home_by_a_touch_and_by_an_eviction() -> None:
+    text = output("device_memory.py")
+    held = re.findall(r"on the device: (.*)", text)
+    assert held == ["[0 1 1 1 1 1 1 1]", "[0 1 1 0 1 1 1 1]"]
+    assert text.endswith("  6 pages went home\n  the CPU reads [0 1 2 3 4 5 6 7]\n")
+
+
+def test_no_increment_of_cpu_or_device_is_lost() -> None:
+    text = output("exclusive_access.py")
+    assert re.findall(r"it was (\d+)", text) == ["100", "101", "102", "104"]
+    assert re.findall(r"has to itself: (\d+)", text) == ["1", "0"]
