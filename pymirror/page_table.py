@@ -59,6 +59,17 @@ class PageTable:
         self._mappings: deque[Mapping] = deque(maxlen=MAPPINGS_REMEMBERED)
         self._mm: weakref.ref[AddressSpace] | None = None
 
+    def __repr__(self) -> str:
+        mm = self.mm
+        if mm is None:
+            return "<PageTable, empty>"
+        try:
+            stats = self.stats()
+        except MirrorError:
+            return f"<PageTable of {mm!r}>"
+        fenced = f", {stats['fenced']:,} fenced" if stats["fenced"] else ""
+        return f"<PageTable of {mm!r}, {stats['entries']:,} entries{fenced}>"
+
     @property
     def native(self) -> Any:
         """The ``pm_table *``."""

@@ -36,6 +36,20 @@ def has(entries: Any, bit: int) -> list[bool]:
     return ((entries & np.uint64(bit)) != 0).tolist()
 
 
+def test_its_repr_says_whose_it_is_and_what_is_in_it(mm: pm.AddressSpace, driver: FaultDriver) -> None:
+    table = driver.device.page_table
+    assert repr(table) == "<PageTable, empty>"
+    buf = filled(mm, 4)
+    driver.map(buf.addr, buf.addr + buf.size)
+    assert repr(table) == f"<PageTable of {mm!r}, 4 entries>"
+    driver.clears = False
+    mm.madvise(buf.addr, PAGE, mmap.MADV_DONTNEED)
+    assert repr(table) == f"<PageTable of {mm!r}, 4 entries, 1 fenced>"
+    table.clear(0, WHOLE)
+    mm.close()
+    assert repr(table) == f"<PageTable of {mm!r}, 0 entries>"
+
+
 class TestFenceAndClear:
     def test_an_operation_fences_and_the_callback_clears(
         self, mm: pm.AddressSpace, driver: FaultDriver
