@@ -185,6 +185,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(runs: list[Json]) -> Non
     assert page.seen.count("svg") == 2
     assert page.seen.count("table") == len(WORKLOADS)
     assert "script" not in page.seen
+    assert text.count("in the fastest of 2 rounds") == 2
     # Inside a picture references are to the picture itself.
     assert [link for link in page.links if not link.startswith("#")] == []
     assert "pymirror study --size 1048576 --chunk 16384 --rounds 2 --html" in text
@@ -206,6 +207,7 @@ def test_tables_and_sentences() -> None:
     assert (
         f"pinned is wrong here: {MALLOCS - 1} of {MALLOCS} reads gave the device stale bytes" in done.stdout
     )
+    assert "us an operation, in the only round: " in done.stdout
     assert "again: pymirror study" in done.stdout
     assert "…" not in done.stdout
 
@@ -346,6 +348,11 @@ class TestSentences:
     def test_the_fastest_and_by_how_much(self) -> None:
         found = says(cell("a", 10.0), cell("b", 25.0))
         assert "a is the fastest: 10.0 us for a chunk. b takes 2.5 times as much (25.0)." in found
+
+    def test_one_round_says_what_was_and_not_what_is(self) -> None:
+        found = says(cell("a", 10.0), cell("b", 25.0), cell("c", 99.0), rounds=1)
+        assert "a took least: 10.0 us for a chunk. b takes 2.5 times as much (25.0)." in found
+        assert "c took most: 99.0 us, 9.9 times the least." in found
 
     def test_within_noise_nobody_is_called_fastest(self) -> None:
         found = says(cell("a", 10.0, faults=5), cell("b", 10.5), **NOTHING)

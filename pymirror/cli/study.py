@@ -24,7 +24,7 @@ from pymirror.study.data import to_json
 from pymirror.study.ranking import rank
 from pymirror.study.runner import Progress as Step
 from pymirror.study.runner import silent
-from pymirror.study.tables import COLUMNS, LEGEND, row
+from pymirror.study.tables import COLUMNS, legend, row
 from pymirror.study.verdict import verdict
 from pymirror.study.workloads import WORKLOADS
 
@@ -91,7 +91,10 @@ class StudyCommand:
             help=f"and an invalidation (default: {default.invalidation_us:g})",
         )
         parser.add_argument(
-            "--rounds", type=positive_int, default=default.rounds, help=f"(default: {default.rounds})"
+            "--rounds",
+            type=positive_int,
+            default=default.rounds,
+            help=f"measure each figure so often, and show the fastest (default: {default.rounds})",
         )
         parser.add_argument(
             "--seed", type=int, default=default.seed, help="of data and addresses (default: 1)"
@@ -171,7 +174,7 @@ def _text(report: Report) -> str:
                 needed = table.__rich_measure__(out, out.options.update(max_width=_WIDEST)).maximum
                 out.width = max(out.width, needed)
                 out.print(f"[bold]{workload.name}[/bold]: {workload.about}", table, highlight=False)
-        out.print(f"[dim]{LEGEND}[/dim]\n", soft_wrap=True)
+        out.print(f"[dim]{legend(report.options)}[/dim]\n", soft_wrap=True)
         for cell in report.cells:
             if cell.left_out is not None:
                 out.print(f"{cell.workload}: {cell.driver} left out: {escape(cell.left_out)}", soft_wrap=True)

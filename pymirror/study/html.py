@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from html import escape
 
 from . import plot
+from .options import Options
 from .ranking import AGAINST_COUNTS, NOISE, Ranked, rank
 from .results import Report
-from .tables import COLUMNS, LEGEND, row
+from .tables import COLUMNS, legend, row, which_round
 from .verdict import verdict
 from .workloads import WORKLOADS
 
@@ -36,9 +37,9 @@ def page(report: Report) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Mirror or pin?</title><style>{_STYLE}</style></head><body>",
         *_head(report),
-        *_figure(plot.times_svg(report), _TIMES),
+        *_figure(plot.times_svg(report), _times(report.options)),
         *_figure(plot.memory_svg(report), _MEMORY),
-        f'<p class="about">Of the tables: {escape(LEGEND)}.</p>',
+        f'<p class="about">Of the tables: {escape(legend(report.options))}.</p>',
         *(line for workload in report.workloads for line in _section(report, workload)),
         "<h2>What the figures say</h2>",
         *_says(report),
@@ -48,14 +49,18 @@ def page(report: Report) -> str:
     return "\n".join(parts) + "\n"
 
 
-_TIMES = (
-    "Time an operation in the fastest round, with a whisker to the slowest. The grey part is not"
-    " measured: it is the number of faults and invalidations times what a device is taken to need."
-)
 _MEMORY = (
     "Memory when the last operation was over. What is pinned the kernel can neither write out nor move; some"
     " of it the process may have given back already."
 )
+
+
+def _times(options: Options) -> str:
+    whisker = "" if options.rounds == 1 else ", with a whisker to the slowest"
+    return (
+        f"Time an operation in {which_round(options)}{whisker}. The grey part is not"
+        " measured: it is the number of faults and invalidations times what a device is taken to need."
+    )
 
 
 def _head(report: Report) -> Iterable[str]:

@@ -25,18 +25,27 @@ COLUMNS = (
     "stale",
 )
 
-LEGEND = (
-    "us an operation: in all; processor time in changing memory (CPU) and in driver and device; the model's;"
+_LEGEND = (
+    "in all; processor time in changing memory (CPU) and in driver and device; the model's;"
     " and what elapsed, without the model. Counts of a round: device faults, invalidations, retries; pages"
     " mapped for the device, and copied after forks. MiB at its end: pinned, and free for the kernel to take."
     " stale: reads that gave the device wrong bytes"
 )
-
 _MIB = PAGE / (1 << 20)
 
 
+def which_round(options: Options) -> str:
+    """Whose times are shown: one round has none to be compared with."""
+    return "the only round" if options.rounds == 1 else f"the fastest of {options.rounds} rounds"
+
+
+def legend(options: Options) -> str:
+    """What the columns have."""
+    return f"us an operation, in {which_round(options)}: {_LEGEND}"
+
+
 def row(one: Ranked, options: Options) -> tuple[str, ...]:
-    """A line of the table; LEGEND says what it has."""
+    """A line of the table; legend() says what it has."""
     cell = one.cell
     assert cell.counts is not None
     stage, driver = cell.counts.stage, cell.counts.driver

@@ -67,19 +67,26 @@ def _first(ranked: list[Ranked], options: Options, operation: str) -> Iterator[s
         mine = first.cell.total_us(options)
         next_one = min((one.cell for one in safe[1:]), key=lambda cell: cell.total_us(options))
         other = next_one.total_us(options)
+        fastest = _most("is the fastest", "took least", options)
         yield (
-            f"{first.cell.driver} is the fastest: {_us(mine)} us for {operation}. {next_one.driver} takes"
+            f"{first.cell.driver} {fastest}: {_us(mine)} us for {operation}. {next_one.driver} takes"
             f" {other / mine:.1f} times as much ({_us(other)})."
         )
     if last.group > second.group:
         slow = [one.cell for one in safe if one.group == last.group]
         totals = [cell.total_us(options) for cell in slow]
-        fastest = min(one.cell.total_us(options) for one in safe)
+        factor = min(totals) / min(one.cell.total_us(options) for one in safe)
         least = "at least " if len(slow) > 1 else ""
+        slowest = _most("are the slowest" if len(slow) > 1 else "is the slowest", "took most", options)
         yield (
-            f"{_listed([cell.driver for cell in slow])} {'are' if len(slow) > 1 else 'is'} the slowest:"
-            f" {_span(totals)} us, {least}{min(totals) / fastest:.1f} times the fastest."
+            f"{_listed([cell.driver for cell in slow])} {slowest}:"
+            f" {_span(totals)} us, {least}{factor:.1f} times the {_most('fastest', 'least', options)}."
         )
+
+
+def _most(measured: str, once: str, options: Options) -> str:
+    """One round says what was, not what is."""
+    return measured if options.rounds > 1 else once
 
 
 def _by_counts(first: Cell, close: list[Cell], options: Options) -> str:
