@@ -7,7 +7,7 @@ BUILT := $(VENV)/.built
 LINTERS := $(VENV)/.linters
 SHIM := pymirror/_shim.abi3.so
 SHIM_SOURCES := $(wildcard native/*.[ch]) native/build_shim.py setup.py pymirror/_version.py
-C_FILES = $(wildcard native/*.[ch] native/tests/*.[ch] native/fuzz/*.[ch] benchmarks/*.[ch] benchmarks/floor/*.[ch])
+C_FILES = $(wildcard native/*.[ch] native/tests/*.[ch] native/fuzz/*.[ch] benchmarks/*.[ch] benchmarks/floor/*.[ch]) tests/conductor.c
 PY_DIRS = $(wildcard pymirror tests native examples benchmarks) _pymirror_cli.py setup.py
 
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check

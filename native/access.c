@@ -173,12 +173,12 @@ static void let_drains_by(struct pm_mm *mm)
 }
 
 /*
- * While this thread writes to device memory no handler of a signal runs in it: what that touched would come
- * home without waiting for the write, which would be lost.
+ * While this thread writes no handler of a signal runs in it. What that touched on a device would wait for
+ * the monitor, which waits for the write; or, inline, come home without waiting for it, and it would be lost.
  */
 static void unlock_announced(struct pm_access_span *span)
 {
-    span->masked = span->len && span->write && span->at != span->addr;
+    span->masked = span->len && span->write;
     if (span->masked)
         pm_unlock_masked(span->mm, &span->mask);
     else
@@ -192,12 +192,33 @@ static void unlock_withdrawn(struct pm_access_span *span)
         pthread_sigmask(SIG_SETMASK, &span->mask, NULL);
 }
 
+/*
+ * What a write is from may be on a device itself, or a hole that the monitor fills: it is made to come before
+ * the write is announced, since the monitor waits for those that are.
+ */
+static void touch_source(struct pm_mm *mm, uint64_t start, uint64_t len)
+{
+    const uint64_t there = PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED;
+    uint64_t seen[PM_ACCESS_PAGES + 1], first = pm_page_down(start);
+    uint64_t n = (pm_page_up(start + len) - first) >> PM_PAGE_SHIFT;
+    char byte;
+
+    if (!mm->devices || mm->inline_faults || pm_pagemap_read(mm, first, n, seen))
+        return;
+    for (uint64_t i = 0; i < n; i++) {
+        if (!(seen[i] & there))
+            pm_sys_vm_readv(&byte, first + (i << PM_PAGE_SHIFT), 1);
+    }
+}
+
 int64_t pm_access_span_do(struct pm_access_span *span, struct pm_access_why *fault, char *buf)
 {
     struct pm_mm *mm = span->mm;
     bool voided;
     int64_t n;
 
+    if (span->write)
+        touch_source(mm, (uintptr_t)buf, span->len);
     pm_lock(mm);
     if (span->write)
         let_drains_by(mm);

@@ -213,7 +213,7 @@ static void end(struct pm_devmem *vram, int err)
     pm_unlock(mm);
 }
 
-static int lift_unpinned(struct pm_devmem *vram, struct pm_lift *lift)
+static int lift_masked(struct pm_devmem *vram, struct pm_lift *lift)
 {
     struct pm_mm *mm = vram->mm;
     uint64_t len, area = 0, to = 0;
@@ -231,6 +231,19 @@ static int lift_unpinned(struct pm_devmem *vram, struct pm_lift *lift)
     if (area)
         drop_area(mm, area, to, len);
     pm_wake(mm, lift->addr, len);
+    return err;
+}
+
+/* The handler of a signal that touched what this thread is about to copy would wait for it, for ever. */
+static int lift_unpinned(struct pm_devmem *vram, struct pm_lift *lift)
+{
+    sigset_t all, outside;
+    int err;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &outside);
+    err = lift_masked(vram, lift);
+    pthread_sigmask(SIG_SETMASK, &outside, NULL);
     return err;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -80,10 +81,6 @@ def there(space: Any) -> None:
 
 def _to_device(space: Any) -> None:
     pm.migrate_to_device(space.mm, space.buf.addr, space.end(), space.vram)
-
-
-def _all_there(space: Any) -> None:
-    assert space.vram.holds(space.buf.addr, space.end()).all()
 
 
 def _to_system(space: Any) -> None:
@@ -196,6 +193,15 @@ def _untouched(space: Any) -> None:
     there(space)
 
 
+def _read_only(space: Any) -> None:
+    space.mm.mprotect(space.buf.addr, PAGES * PAGE, mmap.PROT_READ)
+
+
+def _read_only_there(space: Any) -> None:
+    _read_only(space)
+    there(space)
+
+
 def _operations(delivery: str) -> list[Operation]:
     opens = partial(device_space, delivery)
     small = partial(device_space, delivery, pages=4)
@@ -206,6 +212,8 @@ def _operations(delivery: str) -> list[Operation]:
     return [
         op("migration to the device", _to_device, also=MOVES),
         op("migration of what is mapped", _to_device, map_all, also=MOVES),
+        op("migration of read-only memory", _to_device, _read_only, also=MOVES),
+        op("migration home of read-only memory", _to_system, _read_only_there, _none_there, also=MOVES),
         op("migration home", _to_system, there, _none_there, also=MOVES),
         op("a touch", _touch, there),
         op("a store", _store, there),

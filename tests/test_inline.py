@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -115,6 +116,20 @@ def test_the_ways_of_a_device(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> Non
     view[2 * PAGE : 3 * PAGE] = bytes([2]) * PAGE
     view.release()
     assert intact(buf)
+
+
+def test_a_device_write_from_what_is_there(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+    """The monitor, which brings it or fills it, does not wait for the write that needs it."""
+    buf = out(mm, vram, 4)
+    mm.madvise(buf.addr + 3 * PAGE, PAGE, mmap.MADV_DONTNEED)
+    target = mm.mmap(2 * PAGE)
+    view = as_bytes(buf)
+    with FaultDriver(mm) as driver:
+        driver.device.write(mm, target.addr, view[2 * PAGE :])
+        driver.device.page_table.clear(target.addr, target.addr + target.size)
+    view.release()
+    assert bytes(target) == bytes([2]) * PAGE + bytes(PAGE)
+    assert (vram.used, mm.stats()["drain_timeouts"]) == (2 * PAGE, 0)
 
 
 def test_threads_and_never_touched_pages(mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
