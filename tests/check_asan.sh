@@ -22,7 +22,7 @@ options=handle_segv=0:handle_sigbus=0:handle_abort=0:allow_user_segv_handler=1
 sanitized() {
     leaks=$1
     shift
-    PYTHONPATH=$out:tests PYTHONMALLOC=malloc UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=$options:$leaks \
+    PYTHONPATH=$PWD/$out:$PWD/tests:$PWD PYTHONMALLOC=malloc UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=$options:$leaks \
         LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$@"
 }
 
