@@ -25,14 +25,16 @@ from injecting import (
     device_read,
     device_write,
     fault,
+    foreign_unmap,
     foreign_zap,
+    gone,
     map_all,
     space,
     unfaulted,
 )
 from injecting_device import DEVICE_OPERATIONS
 from mirroring import PAGE, FaultDriver, filled
-from racing import raw_clone, wait_for
+from racing import MAP_FIXED_NOREPLACE, raw_clone, wait_for
 from seams import Background, errno_of, foreign, inject, needs
 
 import pymirror as pm
@@ -119,6 +121,17 @@ def test_one_call_that_fails(operation: Operation) -> None:
 @pytest.mark.parametrize("operation", DEVICE_OPERATIONS, ids=lambda operation: operation.name)
 def test_one_call_that_fails_with_device_memory(operation: Operation) -> None:
     fail_each_call(operation)
+
+
+def test_another_thread_takes_the_place_of_what_was_unmapped() -> None:
+    """That is no error: it may happen to each operation that unmaps."""
+    with space() as made:
+        map_all(made)
+        foreign_unmap(made)
+        assert foreign.mmap(made.page(2), PAGE, flags=MAP_FIXED_NOREPLACE) == made.page(2)
+        gone(made)
+        check_all_is_well(made)
+        foreign.munmap(made.page(2), PAGE)
 
 
 def test_open() -> None:
