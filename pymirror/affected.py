@@ -9,9 +9,9 @@ cost time, a missing one costs correctness.
 from __future__ import annotations
 
 import errno
-import operator
 from collections.abc import Iterable, Iterator
 
+from .arguments import integer
 from .errors import HasVmas, MirrorError
 from .vma import Vma
 
@@ -61,7 +61,7 @@ def page_up(size: int, page: int = PAGE_SIZE) -> int:
 
 def check_span(mm: HasVmas, what: str, addr: int, size: int, *, empty: bool = False) -> Interval:
     """[addr, addr + size), the size rounded up to pages as the kernel does. EINVAL where it is wrong."""
-    addr, size = operator.index(addr), operator.index(size)
+    addr, size = integer(what, "addr", addr), integer(what, "size", size)
     if addr % PAGE_SIZE:
         down, up = addr // PAGE_SIZE * PAGE_SIZE, page_up(addr)
         wrong = f"address {addr:#x} is not a multiple of the page size ({PAGE_SIZE})"
@@ -166,7 +166,7 @@ def check_mremap(
 ) -> tuple[int, int]:
     """EINVAL if flags, sizes and addresses do not go together; else the new size, rounded, and the target."""
     addr, size = old[0], old[1] - old[0]
-    new_size = operator.index(new_size)
+    new_size, flags = integer("mremap", "new_size", new_size), integer("mremap", "flags", flags)
     fixed, dontunmap = flags & MREMAP_FIXED, flags & MREMAP_DONTUNMAP
     if flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP):
         wrong = f"flags {flags:#x} has bits beyond MREMAP_MAYMOVE, MREMAP_FIXED and MREMAP_DONTUNMAP"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import trace
 from ._shim import ffi, lib
+from .arguments import shown
 from .callback import may_wait
 from .dma.device import DmaDevice
 from .dma.domain import DmaDomain
@@ -175,7 +176,9 @@ class Device(DmaDevice):
         """
         if handler is not None and not callable(handler):
             raise MirrorError(
-                errno.EINVAL, f"{self.name}: handler={handler!r}", hint="give a function of a fault, or None"
+                errno.EINVAL,
+                f"{self.name}: handler={shown(handler)}",
+                hint="give a function of a fault, or None",
             )
         self._handler = handler
 

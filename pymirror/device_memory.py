@@ -8,7 +8,6 @@ by the CPU brings the page home. See docs/device-memory.md.
 from __future__ import annotations
 
 import errno
-import operator
 import os
 import threading
 from collections.abc import Iterator
@@ -21,11 +20,13 @@ import numpy.typing as npt
 
 from ._shim import ffi, lib
 from .affected import PAGE_SIZE
+from .arguments import check_mm, integer, seconds, shown
 from .dma.device import DmaDevice
 from .errors import MirrorError, check
 from .event import Event
 from .lock import not_in_callback, not_under_driver_lock
 from .mm_base import check_pages
+from .walk import check_interval
 
 if TYPE_CHECKING:
     from .device import Device
@@ -69,15 +70,15 @@ class DeviceMemory:
         timeslice: float = 0.0,
     ) -> None:
         if dev is not None and not isinstance(dev, DmaDevice):
-            raise _einval(f"dev={dev!r}", "give the Device that the memory is on")
-        size = operator.index(size)
+            raise _einval(f"dev={shown(dev)}", "give the Device that the memory is on")
+        size = integer("DeviceMemory", "size", size)
         if not 0 < size < 1 << 46:
             raise _einval(f"size {size}", "give bytes, more than 0 and less than 64 TiB")
         if fault_around not in FAULT_AROUND:
-            raise _einval(f"fault_around={fault_around!r}", f"give one of {FAULT_AROUND}")
+            raise _einval(f"fault_around={shown(fault_around)}", f"give one of {FAULT_AROUND}")
         if kind not in ("private", "coherent"):
-            raise _einval(f"kind={kind!r}", 'give "private" or "coherent"')
-        if not 0 <= timeslice <= 1:
+            raise _einval(f"kind={shown(kind)}", 'give "private" or "coherent"')
+        if not 0 <= seconds("DeviceMemory", "timeslice", timeslice) <= 1:
             raise _einval(f"timeslice={timeslice!r}", "give seconds, at most 1: Python waits with its lock")
         self.kind = kind
         self.timeslice = timeslice
@@ -138,10 +139,10 @@ class DeviceMemory:
         """
         what = "DeviceMemory.holds"
         self._check(what)
+        start, end = check_interval(what, start, end)
         ret = np.zeros((end - start) // PAGE_SIZE, np.uint8)
         with self._pointer:
             if (mm := self._mm) is not None:
-                check_pages(mm, what, start, end)
                 buffer = ffi.from_buffer("uint8_t[]", ret)
                 check(lib.pm_devmem_holds(self._native, start, ret.size, buffer), what, addr=start, mm=mm)
         return ret.astype(np.bool_)
@@ -267,6 +268,7 @@ def coherent_pages(mm: AddressSpace, start: int, end: int) -> npt.NDArray[np.boo
     It is is_device_coherent_page(). EINVAL: no interval of whole pages. ESRCH.
     """
     what = "coherent_pages"
+    check_mm(what, mm)
     mm._check_here(what)
     check_pages(mm, what, start, end)
     ret = np.zeros((end - start) // PAGE_SIZE, np.uint8)

@@ -18,6 +18,7 @@ import numpy as np
 
 from ._shim import ffi, lib
 from .affected import PAGE_SIZE
+from .arguments import check_mm, integer
 from .device_memory import NEEDS, DeviceMemory
 from .errors import check, error
 from .event import Event
@@ -93,6 +94,7 @@ def make_device_exclusive(mm: AddressSpace, addr: int, owner: Any) -> DeviceExcl
     the page cannot be had: it is pinned, of shared memory or a file, or another userfaultfd has it.
     EINVAL; ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock(); EOPNOTSUPP.
     """
+    addr = integer("make_device_exclusive", "addr", addr)
     page = make_device_exclusive_range(mm, addr, addr + PAGE_SIZE, owner)
     if page.pfns[0]:
         return page
@@ -144,6 +146,7 @@ def exclusive_pfns(mm: AddressSpace, start: int, end: int) -> PfnArray:
     EINVAL: no interval of whole pages. ESRCH.
     """
     what = "exclusive_pfns"
+    check_mm(what, mm)
     mm._check_here(what)
     check_pages(mm, what, start, end)
     pfns = np.zeros((end - start) // PAGE_SIZE, np.uint64)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .arguments import check_is, integer
 from .callback import may_wait
 from .errors import MirrorError, error
 from .lock import SLICE
@@ -73,7 +74,7 @@ class FaultBuffer:
 
     def __init__(self, size: int = 256, *, timeout: float = 1.0) -> None:
         """EINVAL for a size below 1."""
-        if size < 1:
+        if integer("FaultBuffer", "size", size) < 1:
             raise MirrorError(errno.EINVAL, f"FaultBuffer: size {size}", hint="give a number of entries")
         self.size = size
         self.timeout = timeout
@@ -134,6 +135,7 @@ class FaultBuffer:
 
     def cancel(self, entry: FaultEntry, refused: MirrorError | None = None) -> None:
         """End the accesses of a fetched entry with an error: EFAULT at its address, or the one given."""
+        check_is("FaultBuffer.cancel", "entry", entry, "_stalled", "an entry that fetch() gave")
         with self._cond:
             if not entry._stalled:
                 return

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._shim import ffi, lib
+from .arguments import wrong
 from .errors import FeatureError, MirrorError, check, errno_name
 
 DISABLE_VARIABLE = "PYMIRROR_DISABLE"
@@ -260,6 +261,9 @@ def disable_bits(names: Iterable[str]) -> int:
     """The ``disable`` bits of ``names`` and of PYMIRROR_DISABLE. EINVAL for a name that is no feature."""
     if isinstance(names, str):
         names = names.split(",")
+    names = list(names) if isinstance(names, Iterable) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise wrong("AddressSpace", "disable", names, "names of features")
     bits = 0
     for name in [*names, *os.environ.get(DISABLE_VARIABLE, "").split(",")]:
         if not (name := name.strip()):

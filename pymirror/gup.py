@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import trace
 from ._shim import ffi, lib
+from .arguments import check_is, check_mm, integer
 from .errors import MirrorError, error
 from .gup_flags import FOLL_LONGTERM, FOLL_WRITE, check_flags
 from .gup_pinning import pin_pages
@@ -213,7 +214,9 @@ def pin_user_pages(
     FeatureError: no io_uring. ESRCH; EDEADLK in a callback, under a driver lock and under read_lock().
     """
     what = "pin_user_pages"
-    start, npages, flags = operator.index(start), operator.index(npages), operator.index(flags)
+    check_mm(what, mm)
+    start, npages = integer(what, "start", start), integer(what, "npages", npages)
+    flags = integer(what, "flags", flags)
     check_flags(what, flags)
     check_interval(what, start, start + npages * PAGE_SIZE, mm=mm)
     return PinnedPages(mm, start, npages, *pin_pages(mm, what, start, npages))
@@ -230,6 +233,7 @@ def unpin_user_pages(pin: PinnedPages, dirty: bool = False) -> None:
     closed, which gave them back, or this is a forked child.
     """
     what = "unpin_user_pages"
+    check_is(what, "pin", pin, "unpinned_at", "what pin_user_pages() gave")
     pin._check(what)
     # First, since Ctrl-C may strike right after the call: nobody is to unpin it once more.
     pin.unpinned_at = caller()

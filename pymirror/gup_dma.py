@@ -14,6 +14,7 @@ import numpy as np
 
 from . import trace
 from ._shim import ffi
+from .arguments import integer, shown
 from .dma.device import DmaDevice
 from .dma.direction import DMA_BIDIRECTIONAL
 from .dma.record import DmaMapping
@@ -124,12 +125,13 @@ def _take_down(rng: RangeBase, mapping: DmaMapping) -> tuple[int, int]:
 
 def check_operands(what: str, rng: RangeBase, dev: DmaDevice, kind: type[RangeBase] = RangeBase) -> None:
     """EINVAL unless it is a range of that kind, and a device."""
-    if isinstance(rng, kind) and isinstance(dev, DmaDevice):
+    # What it was made with may be missing from a half-built one.
+    if isinstance(rng, kind) and isinstance(dev, DmaDevice) and hasattr(dev, "dma_debug"):
         return
     pinned = isinstance(rng, RangeBase) and isinstance(dev, DmaDevice)
     raise MirrorError(
         errno.EINVAL,
-        f"{what}: {rng!r} for {dev!r}",
+        f"{what}: {shown(rng)} for {shown(dev)}",
         hint=f"{what.replace('hmm_', 'gup_')}() is for pinned pages"
         if pinned
         else "give a Range of a mirror, or pinned pages, and a Device, in this order",
@@ -138,8 +140,8 @@ def check_operands(what: str, rng: RangeBase, dev: DmaDevice, kind: type[RangeBa
 
 def pages_between(what: str, rng: RangeBase, start: int | None, end: int | None) -> tuple[int, int]:
     """The range's pages in [start, end), as indices; the same twice if there are none."""
-    first = rng.start if start is None else start
-    last = rng.end if end is None else end
+    first = rng.start if start is None else integer(what, "start", start)
+    last = rng.end if end is None else integer(what, "end", end)
     if first % (1 << PAGE_SHIFT) or last % (1 << PAGE_SHIFT) or first > last:
         raise MirrorError(
             errno.EINVAL,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from . import trace
 from ._shim import ffi, lib
+from .arguments import check_is, integer
 from .dma.direction import DMA_BIDIRECTIONAL, DMA_MAPPING_ERROR
 from .dma.domain import checked
 from .dma.record import DmaMapping
@@ -68,6 +69,7 @@ class HmmDmaMap:
 
     def entries(self, start: int, end: int) -> range:
         """The indices of the entries that [start, end), bytes, touches: what a callback unmaps."""
+        start, end = integer("entries", "start", start), integer("entries", "end", end)
         first, last = max(start, self.start) - self.start, min(end, self.end) - self.start
         return range(first // self.dma_entry_size, -(-last // self.dma_entry_size))
 
@@ -140,7 +142,7 @@ class HmmDmaMap:
                 addr=self.start,
                 hint="make a new one: hmm_dma_map_alloc()",
             )
-        if not 0 <= idx < self.nr_entries:
+        if not 0 <= integer(what, "idx", idx) < self.nr_entries:
             raise MirrorError(
                 errno.EINVAL,
                 f"{what}: index {idx} is not one of the {self.nr_entries} entries of {self!r}",
@@ -185,6 +187,9 @@ def hmm_dma_map_alloc(
             addr=start,
             hint="give 4096, or 2 MiB for huge pages",
         )
+    check_is(what, "dev", dev, "dma_debug", "a Device")
+    check_is(what, "notifier", notifier, "start", "an IntervalNotifier")
+    start, nr_entries = integer(what, "start", start), integer(what, "nr_entries", nr_entries)
     check_interval(what, start, start + nr_entries * dma_entry_size, dma_entry_size.bit_length() - 1)
     check_covers(notifier, what, start, start + nr_entries * dma_entry_size)
     notifier.mm._check_here(what)
@@ -201,8 +206,8 @@ def hmm_dma_map_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int, *, seq: int) -> in
     EBUSY: invalidated since ``seq``: fault again. EINVAL: not of this map. EPERM without the notifier's
     ``update_lock``.
     """
+    _check_device("hmm_dma_map_pfn", dev, map)
     map._check("hmm_dma_map_pfn", idx)
-    _check_device(dev, map)
     pages = map._pages(idx)
     if not (pages & np.uint64(HMM_PFN_VALID)).all():
         return DMA_MAPPING_ERROR
@@ -256,8 +261,8 @@ def hmm_dma_unmap_pfn(dev: DmaDevice, map: HmmDmaMap, idx: int) -> bool:
 
     False if it was not mapped. EINVAL: not of this map.
     """
+    _check_device("hmm_dma_unmap_pfn", dev, map)
     map._check("hmm_dma_unmap_pfn", idx)
-    _check_device(dev, map)
     pages = map._pages(idx)
     unmapped = map._unlink(idx) > 0
     pages &= np.uint64(_KEPT_OUT)
@@ -282,7 +287,7 @@ def hmm_dma_unmap_pfns(dev: DmaDevice, map: HmmDmaMap, first: int, n: int) -> in
 
 def hmm_dma_map_free(dev: DmaDevice, map: HmmDmaMap) -> None:
     """hmm_dma_map_free(): give the IOVAs back. Idempotent. EBUSY while entries are mapped."""
-    _check_device(dev, map)
+    _check_device("hmm_dma_map_free", dev, map)
     if not map.freed:
         map._free()
 
@@ -317,16 +322,19 @@ def _check_stands(what: str, map: HmmDmaMap, idx: int, seq: int) -> None:
 
 def _check_run(what: str, dev: DmaDevice, map: HmmDmaMap, first: int, n: int) -> None:
     """EINVAL unless entries [first, first + n), one at least, are of this map."""
-    _check_device(dev, map)
+    _check_device(what, dev, map)
+    first, n = integer(what, "first", first), integer(what, "n", n)
     for idx in (first, first + n - 1 if n > 0 else -1):
         map._check(what, idx)
 
 
-def _check_device(dev: DmaDevice, map: HmmDmaMap) -> None:
+def _check_device(what: str, dev: DmaDevice, map: HmmDmaMap) -> None:
+    check_is(what, "map", map, "freed", "what hmm_dma_map_alloc() gave")
+    check_is(what, "dev", dev, "dma_debug", "a Device")
     if map.dev is not dev:
         raise MirrorError(
             errno.EINVAL,
-            f"hmm_dma_map: {map!r} is not {dev.name}'s",
+            f"{what}: {map!r} is not {dev.name}'s",
             addr=map.start,
             hint=f"give the device that it was allocated for, {map.dev.name}",
         )

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ._shim import lib
+from .arguments import check_mm
 from .encoding import encoding_of
 from .errors import MirrorError
 from .event import MmuNotifierRange
@@ -54,6 +55,7 @@ class Hmm:
     @classmethod
     def get(cls, mm: AddressSpace) -> Hmm:
         """hmm_get_or_create(): the mm's instance. EFAULT when the mm is closed, ESRCH in a forked child."""
+        check_mm("Mirror", mm)
         _check_alive(mm, "Mirror")
         with _instances_lock:
             known = _instances.get(mm)

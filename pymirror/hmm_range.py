@@ -11,6 +11,7 @@ import numpy as np
 
 from . import trace
 from ._shim import ffi, lib
+from .arguments import check_is
 from .callback import may_wait
 from .encoding import EntryForm
 from .errors import MirrorError, check, error
@@ -84,6 +85,7 @@ class Range(RangeBase):
                 f"range: page_shift {page_shift} is no size of page here",
                 hint="give 12, or 21 for hugetlb memory of 2 MiB",
             )
+        check_is("range", "mirror", mirror, "sync_cpu_device_pagetables", "a Mirror")
         start, end = check_interval("range", start, end, page_shift, mirror.mm)
         self.mirror = mirror
         self.mm: AddressSpace = mirror.mm

@@ -13,6 +13,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import check_is
 from .callback import may_wait
 from .errors import MirrorError
 from .hmm_range import HMM_RANGE_DEFAULT_TIMEOUT, Range
@@ -23,6 +24,7 @@ _ALL = (1 << 64) - 1
 
 def hmm_range_snapshot(rng: Range) -> int:
     """hmm_range_snapshot(): Range.snapshot(). Errors as Range.snapshot()."""
+    check_is("hmm_range_snapshot", "rng", rng, "wait_until_valid", "a Range")
     return rng.snapshot()
 
 
@@ -36,6 +38,7 @@ def hmm_vma_fault(rng: Range, block: bool = True) -> int:
     After an error the range is registered only if it was before.
     """
     may_wait("hmm_vma_fault")
+    check_is("hmm_vma_fault", "rng", rng, "wait_until_valid", "a Range")
     was_registered = rng.registered
     rng.register()
     rng.default_flags, rng.pfn_flags_mask = 0, _ALL
@@ -65,6 +68,7 @@ def hmm_vma_range_done(rng: Range) -> bool:
 
     EDEADLK in a callback.
     """
+    check_is("hmm_vma_range_done", "rng", rng, "wait_until_valid", "a Range")
     stands = rng.valid
     rng.unregister()
     return stands
@@ -79,6 +83,7 @@ def hmm_device_entry_to_pfn(rng: Range, entry: int | PfnArray) -> int | npt.NDAr
 
     -1 where the entry holds none: nothing there, an error, a special page. 0 without CAP_SYS_ADMIN.
     """
+    check_is("hmm_device_entry_to_pfn", "rng", rng, "encoding", "a Range")
     entries = np.atleast_1d(np.asarray(entry, np.uint64))
     if rng.encoding is not None:
         found = rng.encoding.to_pfns(entries)
@@ -94,6 +99,7 @@ def hmm_device_entry_from_pfn(rng: Range, pfn: int) -> int: ...
 def hmm_device_entry_from_pfn(rng: Range, pfn: PfnArray) -> PfnArray: ...
 def hmm_device_entry_from_pfn(rng: Range, pfn: int | PfnArray) -> int | PfnArray:
     """hmm_device_entry_from_pfn() and _from_page(): a valid entry in the bits of ``rng``, or an array."""
+    check_is("hmm_device_entry_from_pfn", "rng", rng, "encoding", "a Range")
     pfns = np.atleast_1d(np.asarray(pfn, np.uint64))
     own = rng.encoding
     entries = pfns | np.uint64(HMM_PFN_VALID) if own is None else own.from_pfns(pfns)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import waiting
+from .arguments import seconds
 from .errors import MirrorError
 
 #: Waits go in slices of so many seconds: a signal that comes just before a thread goes to sleep does not wake
@@ -326,7 +327,7 @@ class MmapLock:
             self._cond.notify_all()
 
     def _wait(self, what: str, timeout: float | None, free: Callable[[], bool]) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + seconds(what, "timeout", timeout)
         since_ns, told = time.monotonic_ns(), False
         try:
             while not self._free_now(what, free):

@@ -12,6 +12,7 @@ from typing import Any
 from . import affected
 from ._shim import ffi, lib
 from .affected import HUGE_SIZE, PAGE_SIZE
+from .arguments import integer, shown
 from .errors import MirrorError, check, error
 from .refusals import refused_hint
 
@@ -27,13 +28,15 @@ _HUGE = (None, "thp", "hugetlb")
 
 
 def check_mmap(size: int, offset: int, fd: int, huge: str | None) -> tuple[int, int]:
+    size, offset = integer("mmap", "size", size), integer("mmap", "offset", offset)
+    fd = integer("mmap", "fd", fd)
     if size <= 0:
         wrong, hint = f"size {size}", "give a size in bytes, at least 1"
     elif offset < 0 or offset % PAGE_SIZE:
         wrong = f"offset {offset} is not a multiple of {PAGE_SIZE}"
         hint = f"give offset {offset // PAGE_SIZE * PAGE_SIZE if offset > 0 else 0}, and a larger size"
     elif huge not in _HUGE:
-        wrong, hint = f"huge={huge!r} is no kind of page", 'give None, "thp" or "hugetlb"'
+        wrong, hint = f"huge={shown(huge)} is no kind of page", 'give None, "thp" or "hugetlb"'
     elif huge == "hugetlb" and fd >= 0:
         wrong, hint = 'huge="hugetlb" with a file', "leave huge out: a file on hugetlbfs is huge by itself"
     elif fd < 0 and offset:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ._shim import ffi, lib
 from .affected import USER_END
+from .arguments import check_is, check_mm
 from .errors import MirrorError, check
 from .features import memlock_command
 from .mm_base import check_pages
@@ -146,12 +147,11 @@ def check_other_userfaultfd(mm: AddressSpace, what: str, start: int, end: int) -
 
 def check_vram(what: str, vram: object) -> None:
     """EINVAL for what is no device memory."""
-    if hasattr(vram, "_serving"):
-        return
-    raise MirrorError(errno.EINVAL, f"{what}: vram={vram!r}", hint="give the DeviceMemory of a device")
+    check_is(what, "vram", vram, "_pointer", "the DeviceMemory of a device")
 
 
 def check_migration(mm: AddressSpace, what: str, start: int, end: int) -> None:
+    check_mm(what, mm)
     mm._check(what)
     mm._mmap_lock.check_free(what)
     check_pages(mm, what, start, end)

@@ -27,10 +27,11 @@ import numpy.typing as npt
 
 from ._shim import ffi, lib
 from .affected import PAGE_SIZE
+from .arguments import check_is, integer
 from .device_memory import DeviceMemory, coherent_pages
 from .errors import MirrorError, check, error
 from .lock import not_in_callback, not_under_driver_lock
-from .migrate import bring_home, check_handler, check_migration, watch_movable
+from .migrate import bring_home, check_handler, check_migration, check_vram, watch_movable
 from .ops import PROT_READ
 from .pfn import HMM_PFN_VALID, HMM_PFN_WRITE, PfnArray, hmm_pfn_to_pfn, is_device_private_pfn
 from .vma import find_vma
@@ -151,7 +152,7 @@ class MigrateVma:
         migrate_vma_finalize(self)
 
     def __del__(self) -> None:
-        if self.finalized or self.mm.pid != os.getpid():
+        if getattr(self, "finalized", True) or self.mm.pid != os.getpid():
             return
         text = f"{self!r} was collected unfinalized: migrate_vma_finalize() it"
         warnings.warn(text, ResourceWarning, source=self, stacklevel=2)
@@ -182,6 +183,8 @@ def migrate_vma_setup(
     vma = _vma_of(mm, what, start, end)
     if vma.hugetlb or vma.special or not vma.prot & PROT_READ:
         raise error(errno.EINVAL, f"{what}: memory that does not migrate", addr=start, mm=mm)
+    check_vram(what, vram)
+    flags = integer(what, "flags", flags)
     if not flags or flags & ~7:
         raise MirrorError(errno.EINVAL, f"{what}: flags {flags:#x}", hint="some of MIGRATE_VMA_SELECT_*")
     args = MigrateVma(mm, start, end, vram, flags)
@@ -329,6 +332,7 @@ def migrate_vma_finalize(args: MigrateVma) -> None:
 
     EDEADLK: another thread began it, which holds the locks, and has to end it.
     """
+    _check_args("migrate_vma_finalize", args)
     if args.finalized:
         return
     if args._thread != threading.get_ident():
@@ -371,6 +375,8 @@ def migrate_device_range(vram: DeviceMemory, pfn: int, npages: int) -> MigrateDe
     """
     what = "migrate_device_range"
     not_in_callback(what)
+    check_vram(what, vram)
+    pfn, npages = integer(what, "pfn", pfn), integer(what, "npages", npages)
     with vram._lock:
         vram._check(what)
         pfns = vram.pfns
@@ -390,8 +396,10 @@ def migrate_device_pages(args: MigrateDevice) -> int:
 
     What did not come has the bit cleared in ``src``: it has moved meanwhile. Errors as migrate_to_system().
     """
-    vram, what = args.vram, "migrate_device_pages"
+    what = "migrate_device_pages"
     not_in_callback(what)
+    _check_device_args(what, args)
+    vram = args.vram
     not_under_driver_lock(what)
     asked = (args.src & _U64(MIGRATE_PFN_MIGRATE)) != 0
     asked &= (args.dst & _U64(MIGRATE_PFN_VALID)) != 0
@@ -412,6 +420,11 @@ def migrate_device_pages(args: MigrateDevice) -> int:
 
 def migrate_device_finalize(args: MigrateDevice) -> None:
     """End it. There is nothing to give back here: it stands for the kernel's call of that name."""
+    _check_device_args("migrate_device_finalize", args)
+
+
+def _check_device_args(what: str, args: object) -> None:
+    check_is(what, "args", args, "addrs", "what migrate_device_range() gave")
 
 
 def _neighbours(addrs: PfnArray, asked: Bools) -> list[npt.NDArray[np.intp]]:
@@ -428,7 +441,12 @@ def _runs(asked: Bools) -> list[tuple[int, int]]:
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
 
 
+def _check_args(what: str, args: object) -> None:
+    check_is(what, "args", args, "finalized", "what migrate_vma_setup() gave")
+
+
 def _check_open(args: MigrateVma, what: str) -> None:
+    _check_args(what, args)
     if args.finalized:
         raise MirrorError(
             errno.EINVAL, f"{what}: {args!r}", addr=args.start, hint="begin with migrate_vma_setup()"

@@ -23,6 +23,7 @@ from . import features as _features
 from . import waiting
 from ._shim import ffi, lib
 from .adopt import Adoptions
+from .arguments import integer, seconds, shown
 from .dump import dump
 from .errors import MirrorError, check
 from .event import Event, python_end
@@ -65,8 +66,8 @@ class AddressSpace(MemoryOperations):
         self, *, fault_delivery: str = "thread", disable: Iterable[str] = (), queue_length: int = 1024
     ) -> None:
         if fault_delivery not in _FAULT_DELIVERY:
-            raise _einval(f"fault_delivery={fault_delivery!r}", 'give "thread" or "inline"')
-        if not 1 <= queue_length <= 1 << 20:
+            raise _einval(f"fault_delivery={shown(fault_delivery)}", 'give "thread" or "inline"')
+        if not 1 <= integer("AddressSpace", "queue_length", queue_length) <= 1 << 20:
             raise _einval(f"queue_length={queue_length}", "give a number from 1 to 1048576")
         disabled = _features.disable_bits(disable)
         self.pid = os.getpid()
@@ -99,7 +100,7 @@ class AddressSpace(MemoryOperations):
         self._check("sync")
         not_under_driver_lock("sync")
         ticket = ffi.new("uint64_t *")
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + seconds("sync", "timeout", timeout)
         ret = lib.pm_event_sync(self.native, 0, ticket)
         if ret == -errno.ETIMEDOUT:
             # Events may wait while there is no notifier, and so nobody to take them.

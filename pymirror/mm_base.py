@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from . import trace
 from ._shim import ffi, lib
 from .adopt import Adoptions
 from .affected import PAGE_SIZE, USER_END, Interval, invalid
+from .arguments import integer, shown
 from .errors import HasVmas, MirrorError, check
 from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end
 from .lock import MmapLock, not_in_callback, not_under_driver_lock
@@ -65,7 +65,8 @@ class MmBase:
         ESRCH; EDEADLK in a callback.
         """
         self._check("vmas")
-        return self._walk(start, USER_END if end is None else end)
+        start, end = integer("vmas", "start", start), USER_END if end is None else integer("vmas", "end", end)
+        return self._walk(start, end)
 
     def find_vma(self, addr: int) -> Vma | None:
         """The vma that holds addr, or the first above it, or None (find_vma()).
@@ -73,6 +74,7 @@ class MmBase:
         ESRCH; EDEADLK in a callback.
         """
         self._check("find_vma")
+        addr = integer("find_vma", "addr", addr)
         return find_vma(self.native, addr) if 0 <= addr < USER_END else None
 
     def vma_lookup(self, addr: int) -> Vma | None:
@@ -218,7 +220,7 @@ class MmBase:
 
 def check_pages(mm: HasVmas, what: str, start: int, end: int) -> Interval:
     """[start, end) as ints; EINVAL unless it is an interval of whole pages, below 1 << 64."""
-    start, end = operator.index(start), operator.index(end)
+    start, end = integer(what, "start", start), integer(what, "end", end)
     if start % PAGE_SIZE or end % PAGE_SIZE:
         wrong = f"not aligned to pages of {PAGE_SIZE} bytes"
     elif start >= end:
@@ -237,7 +239,7 @@ def one_of(what: str, kind: type[_E], given: object) -> _E:
         return kind(given)
     except ValueError:
         names = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
-        raise MirrorError(errno.EINVAL, f"{what}={given!r}", hint=f"give one of {names}") from None
+        raise MirrorError(errno.EINVAL, f"{what}={shown(given)}", hint=f"give one of {names}") from None
 
 
 def end_native(begun: Any) -> None:

@@ -15,12 +15,12 @@ stats; every other call of the library raises EDEADLK there.
 from __future__ import annotations
 
 import errno
-import operator
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._shim import ffi, lib
+from .arguments import check_mm, integer, seconds
 from .callback import CallbackError, current, may_wait
 from .delivery import State
 from .errors import MirrorError, check
@@ -76,6 +76,7 @@ class MmuNotifier:
         """mmu_notifier_register(). ESRCH on a closed mm; EDEADLK inside a callback."""
         self._state = State.NEW
         not_in_callback("MmuNotifier")
+        check_mm(type(self).__name__, mm)
         self.mm = mm
         self._wants_end = type(self).invalidate_range_end is not MmuNotifier.invalidate_range_end
         self.__notifiers = mm.notifiers
@@ -164,7 +165,8 @@ class IntervalNotifier:
         EOVERFLOW when the interval is empty or ends beyond 2**64, EINVAL without a callback or with half of a
         two-pass pair, ESRCH on a closed mm, EDEADLK inside a callback.
         """
-        start, length = operator.index(start), operator.index(length)
+        start = integer("IntervalNotifier", "start", start)
+        length = integer("IntervalNotifier", "length", length)
         self._native = None
         self._state = State.NEW
         self._cookie = 0
@@ -176,6 +178,7 @@ class IntervalNotifier:
         self._begin = invalidate_start
         self._finish = invalidate_finish
         not_in_callback("IntervalNotifier")
+        check_mm("IntervalNotifier", mm)
         self._check_interval()
         self._check_callbacks()
         try:
@@ -350,6 +353,8 @@ def wait_read_begin(
     native: Any, seq: Any, timeout: float | None, gone: Callable[[], bool] | None = None
 ) -> int:
     """pm_sub_read_begin() in slices, for Ctrl-C: 0 or a negative errno, -ESRCH also once `gone()`."""
+    if timeout is not None:
+        timeout = seconds("read_begin", "timeout", timeout)
     ns = _ns(timeout)
     ret = int(lib.pm_sub_read_begin(native, ns, seq))
     if ret != -errno.EINTR:

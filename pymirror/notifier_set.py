@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import trace
 from ._shim import ffi, lib
+from .arguments import seconds
 from .callback import Callback, failure, logger, may_wait
 from .delivery import Delivery, State
 from .dispatcher import Dispatcher
@@ -319,7 +320,7 @@ class NotifierSet:
                 self._idle.notify_all()
 
     def _wait_idle(self, notifier: MmuNotifier | IntervalNotifier, what: str, timeout: float) -> None:
-        until = time.monotonic() + timeout
+        until = time.monotonic() + seconds(what, "timeout", timeout)
         while id(notifier) in self._busy:
             left = until - time.monotonic()
             if left <= 0:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import operator
 import sys
 import time
 import weakref
@@ -15,6 +14,7 @@ import numpy as np
 
 from . import trace
 from ._shim import ffi, lib
+from .arguments import check_is, integer
 from .errors import MirrorError, check
 from .event import native_end
 from .hmm_range import Range
@@ -105,6 +105,7 @@ class PageTable:
         if isinstance(target, Range):
             start, pfns, sub, buffer = target.start, target._pages, target.sub, target._walk.pfns
         else:
+            check_is("PageTable.map", "target", target, "update_lock", "a Range or an IntervalNotifier")
             if start is None or pfns is None:
                 raise MirrorError(
                     errno.EINVAL,
@@ -202,6 +203,7 @@ class PageTable:
 
     def who_mapped(self, addr: int) -> Mapping | None:
         """The last map() over the address, if it is not too long ago."""
+        addr = integer("PageTable.who_mapped", "addr", addr)
         return next((one for one in reversed(list(self._mappings)) if one.start <= addr < one.end), None)
 
     def check_mm(self, mm: AddressSpace, what: str) -> None:
@@ -251,7 +253,7 @@ def _refused(target: Range | IntervalNotifier, seq: int, start: int, end: int) -
 
 def _ints(what: str, start: int, end: int) -> tuple[int, int]:
     """Addresses below 1 << 64, not in order necessarily."""
-    start, end = operator.index(start), operator.index(end)
+    start, end = integer(what, "start", start), integer(what, "end", end)
     if start >= 0 and end >= 0 and (start < 1 << 64 or end <= start):
         return start, end
     raise MirrorError(

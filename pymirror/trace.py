@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _version
+from .arguments import integer
 from .errors import MirrorError
 from .trace_file import TraceFile
 
@@ -68,6 +69,7 @@ class Trace:
         self, path: str | os.PathLike[str], mm: AddressSpace | None = None, *, limit: int = DEFAULT_LIMIT
     ) -> None:
         global active
+        limit = integer("Trace", "limit", limit)
         with _turn:
             if active is not None:
                 raise MirrorError(

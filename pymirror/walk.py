@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import errno
 import mmap
-import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import trace
 from ._shim import ffi, lib
+from .arguments import check_is, integer
 from .callback import may_wait
 from .errors import EHWPOISON, HasVmas, MirrorError, error
 from .event import Guarantee
@@ -52,7 +52,7 @@ def check_interval(
     what: str, start: int, end: int, shift: int = PAGE_SHIFT, mm: HasVmas | None = None
 ) -> tuple[int, int]:
     """[start, end) as ints; EINVAL unless these are user addresses, aligned to pages of 1 << shift bytes."""
-    start, end = operator.index(start), operator.index(end)
+    start, end = integer(what, "start", start), integer(what, "end", end)
     page = 1 << shift
     if start % page or end % page:
         wrong = f"not aligned to pages of {page} bytes"
@@ -171,6 +171,7 @@ def hmm_range_fault(
     """
     what = "hmm_range_fault"
     may_wait(what)
+    check_is(what, "sub", sub, "update_lock", "an IntervalNotifier")
     start, end = check_interval(what, start, end, mm=sub.mm)
     check_covers(sub, what, start, end)
     check_pfns(what, pfns, (end - start) >> PAGE_SHIFT)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._shim import ffi
+from ..arguments import device_call, integer
 from ..errors import MirrorError
 from .direction import DmaDirection
 from .entry import DmaEntry, DmaType
@@ -36,9 +37,9 @@ def dma_alloc_coherent(device: DmaDevice, size: int) -> tuple[memoryview, int]:
     Without an IOMMU memory of more than a page in one piece comes out of the bounce pool, 256 KiB at most.
     ENOMEM: no room. EINVAL: no size. FeatureError: without an IOMMU PFNs are needed.
     """
-    what = f"{device.name}: dma_alloc_coherent"
+    what = device_call(device, "dma_alloc_coherent")
     device._check_bound(what)
-    if size <= 0:
+    if integer(what, "size", size) <= 0:
         raise MirrorError(errno.EINVAL, f"{what}: {size} bytes", hint="give a size in bytes")
     memory = _alloc(device, -(-size // PAGE_SIZE) * PAGE_SIZE)
     if memory is None:
@@ -62,7 +63,9 @@ def dma_free_coherent(device: DmaDevice, size: int, cpu: Buffer, dma_handle: int
     stays until the last of them is gone. DmaDebugError (EINVAL) when size, view or address are others;
     nothing is changed then.
     """
-    device._check_here(f"{device.name}: dma_free_coherent")
+    what = device_call(device, "dma_free_coherent")
+    device._check_here(what)
+    size, dma_handle = integer(what, "size", size), integer(what, "dma_handle", dma_handle)
     entry = device.dma_debug.check_unmap(dma_handle, size, _BOTH, DmaType.COHERENT, cpu_addr=_address_of(cpu))
     if device.dma_debug.end(entry, None) and isinstance(cpu, memoryview):
         with suppress(BufferError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 
+from ..arguments import integer, shown
 from ..errors import MirrorError
 from ..features import probe
 from .domain import DmaDomain, domain_of
@@ -38,7 +39,7 @@ class DmaDevice(DmaEngine, DriverMemory):
         if not isinstance(iommu, bool | DmaDomain) or not isinstance(swiotlb, SwiotlbPool | None):
             raise MirrorError(
                 errno.EINVAL,
-                f"{name}: iommu={iommu!r}, swiotlb={swiotlb!r}",
+                f"{name}: iommu={shown(iommu)}, swiotlb={shown(swiotlb)}",
                 hint="iommu is True, False or a domain, swiotlb a SwiotlbPool",
             )
         self._iommu = iommu
@@ -72,7 +73,7 @@ class DmaDevice(DmaEngine, DriverMemory):
 
 
 def _check_mask(name: str, mask: int) -> int:
-    if 0xFFF <= mask < 1 << 64 and mask & (mask + 1) == 0:
+    if 0xFFF <= integer(name, "dma_mask", mask) < 1 << 64 and mask & (mask + 1) == 0:
         return mask
     raise MirrorError(
         errno.EINVAL,

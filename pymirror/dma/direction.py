@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from enum import IntEnum
 
+from ..arguments import integer, shown, wrong
 from ..errors import MirrorError
 
 
@@ -42,6 +43,8 @@ DMA_MAPPING_ERROR = (1 << 64) - 1
 
 def DMA_BIT_MASK(n: int) -> int:  # noqa: N802
     """The mask of a device with n address lines."""
+    if not 0 <= (n := integer("DMA_BIT_MASK", "n", n)) <= 64:
+        raise wrong("DMA_BIT_MASK", "n", n, "a number of bits, 0 to 64")
     return (1 << n) - 1
 
 
@@ -53,6 +56,6 @@ def check_direction(what: str, direction: int) -> DmaDirection:
         return DmaDirection(direction)
     raise MirrorError(
         errno.EINVAL,
-        f"{what}: {direction!r} is no direction of data",
+        f"{what}: {shown(direction)} is no direction of data",
         hint="DMA_TO_DEVICE, DMA_FROM_DEVICE or DMA_BIDIRECTIONAL",
     )

@@ -11,6 +11,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from .._shim import ffi, lib
+from ..arguments import check_is, integer
 from ..errors import MirrorError, check
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class DmaDomain:
     iommu: bool
 
     def __init__(self, first: int, last: int, flags: int) -> None:
+        first, last = integer("domain", "first", first), integer("domain", "last", last)
         if not 0 <= first < last <= (1 << 64) - 1:
             raise MirrorError(
                 errno.EINVAL,
@@ -62,15 +64,17 @@ class DmaDomain:
 
     def remember(self, mapping: DmaMapping) -> None:
         """It is mapped. For DmaMapping."""
+        check_is("remember", "mapping", mapping, "cookie", "a DmaMapping")
         self._mappings[mapping.cookie] = mapping
 
     def forget(self, mapping: DmaMapping) -> None:
         """It is unmapped. Idempotent. For DmaMapping."""
+        check_is("forget", "mapping", mapping, "cookie", "a DmaMapping")
         self._mappings.pop(mapping.cookie, None)
 
     def mapping_of(self, cookie: int) -> DmaMapping | None:
         """The mapping that native code names in a fault."""
-        return self._mappings.get(cookie)
+        return self._mappings.get(integer("mapping_of", "cookie", cookie))
 
     def mappings(self) -> list[DmaMapping]:
         """What is mapped now."""

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._shim import ffi, lib
+from ..arguments import integer, wrong
 from ..callback import may_wait
 from ..errors import MirrorError, error
 from ..history import ago, invalidated_text
@@ -169,7 +170,11 @@ class DmaEngine:
 
     def _segments(self, what: str, segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Checked before the first byte moves: no length may lead out of the caller's buffer."""
-        listed = list(segments)
+        try:
+            listed = [(daddr, length) for daddr, length in segments]
+        except (TypeError, ValueError):
+            wanted = "pairs of a DMA address and a length"
+            raise wrong(f"{self.name}: {what}", "segments", segments, wanted) from None
         for daddr, length in listed:
             _check_span(f"{self.name}: {what}", daddr, length)
         return listed
@@ -238,6 +243,7 @@ class DmaEngine:
 
 
 def _check_span(what: str, daddr: int, size: int) -> None:
+    daddr, size = integer(what, "daddr", daddr), integer(what, "size", size)
     if daddr >= 0 and size > 0 and daddr + size <= 1 << 64 and daddr != DMA_MAPPING_ERROR:
         return
     hint = "give a DMA address and at least one byte"

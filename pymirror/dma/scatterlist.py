@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..arguments import check_is, device_call, integer
 from ..errors import MirrorError
 from .direction import DmaDirection, check_direction
 from .entry import DmaEntry, DmaType
@@ -50,11 +51,13 @@ def sg_list(*buffers: Buffer, max_segment: int | None = None) -> list[Scatterlis
 
 def sg_dma_address(sg: Scatterlist) -> int:
     """The DMA address of a segment, once dma_map_sg() has filled it in."""
+    check_is("sg_dma_address", "sg", sg, "dma_address", "an entry of a scatterlist")
     return sg.dma_address
 
 
 def sg_dma_len(sg: Scatterlist) -> int:
     """The bytes of a segment, which may be several entries' memory."""
+    check_is("sg_dma_len", "sg", sg, "dma_length", "an entry of a scatterlist")
     return sg.dma_length
 
 
@@ -66,7 +69,7 @@ def dma_map_sg(
     Behind an IOMMU all get IOVAs in a row, and entries that meet at page borders are merged, up to the
     device's max_segment_size and segment_boundary. EINVAL, EFAULT, FeatureError as dma_map_single().
     """
-    what = f"{device.name}: dma_map_sg"
+    what = device_call(device, "dma_map_sg")
     device._check_bound(what)
     way = check_direction(what, direction)
     entries = _entries(what, sgl, nents)
@@ -82,7 +85,7 @@ def dma_map_sg(
 
 def dma_map_sgtable(device: DmaDevice, sgl: Sequence[Scatterlist], direction: int, *, attrs: int = 0) -> int:
     """dma_map_sg() of the whole list; raises ENOMEM where that gives 0."""
-    count = dma_map_sg(device, sgl, len(sgl), direction, attrs=attrs)
+    count = dma_map_sg(device, sgl, _length("dma_map_sgtable", sgl), direction, attrs=attrs)
     if count:
         return count
     raise MirrorError(
@@ -113,7 +116,7 @@ def dma_unmap_sgtable(
     device: DmaDevice, sgl: Sequence[Scatterlist], direction: int, *, attrs: int = 0
 ) -> None:
     """dma_unmap_sg() of the whole list."""
-    dma_unmap_sg(device, sgl, len(sgl), direction, attrs=attrs)
+    dma_unmap_sg(device, sgl, _length("dma_unmap_sgtable", sgl), direction, attrs=attrs)
 
 
 def dma_sync_sg_for_cpu(device: DmaDevice, sgl: Sequence[Scatterlist], nents: int, direction: int) -> None:
@@ -163,9 +166,17 @@ def _backings(entry: DmaEntry) -> list[Backing]:
     return entry.backing.backings if isinstance(entry.backing, _Mapped) else []
 
 
+def _length(what: str, sgl: Sequence[Scatterlist]) -> int:
+    check_is(what, "sgl", sgl, "__len__", "a list of Scatterlist entries: sg_list() makes it")
+    return len(sgl)
+
+
 def _entries(what: str, sgl: Sequence[Scatterlist], nents: int) -> list[Scatterlist]:
-    if 0 < nents <= len(sgl):
-        return list(sgl[:nents])
+    if 0 < integer(what, "nents", nents) <= _length(what, sgl):
+        entries = list(sgl[:nents])
+        for sg in entries:
+            check_is(what, "entry", sg, "dma_address", "Scatterlist entries: sg_list() makes them")
+        return entries
     raise MirrorError(
         errno.EINVAL,
         f"{what}: {nents} entries of a list of {len(sgl)}",
@@ -314,20 +325,20 @@ def _crosses(address: int, size: int, boundary: int) -> bool:
 
 
 def _check(device: DmaDevice, sgl: Sequence[Scatterlist], nents: int, direction: int) -> DmaEntry:
-    what = f"{device.name}: dma_unmap_sg"
+    what = device_call(device, "dma_unmap_sg")
     device._check_here(what)
     way = check_direction(what, direction)
-    first = _entries(what, sgl, min(nents, len(sgl)))[0]
+    first = _entries(what, sgl, min(integer(what, "nents", nents), _length(what, sgl)))[0]
     return device.dma_debug.check_unmap(first.dma_address, first.length, way, DmaType.SG, nents=nents)
 
 
 def _check_sync(
     device: DmaDevice, sgl: Sequence[Scatterlist], nents: int, direction: int, *, for_cpu: bool
 ) -> DmaEntry:
-    what = f"{device.name}: dma_sync_sg"
+    what = device_call(device, "dma_sync_sg")
     device._check_here(what)
     way = check_direction(what, direction)
-    first = _entries(what, sgl, min(nents, len(sgl)))[0]
+    first = _entries(what, sgl, min(integer(what, "nents", nents), _length(what, sgl)))[0]
     return device.dma_debug.check_sync(
         first.dma_address, min(first.length, first.dma_length), way, for_cpu=for_cpu, nents=nents, sg=True
     )

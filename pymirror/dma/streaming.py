@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from ..arguments import device_call, integer
 from ..errors import MirrorError
 from .direction import DMA_MAPPING_ERROR, DmaDirection, check_direction
 from .entry import DmaEntry, DmaType
@@ -60,7 +61,8 @@ def dma_unmap_page(device: DmaDevice, addr: int, size: int, direction: int, *, a
 
 def dma_mapping_error(device: DmaDevice, addr: int) -> bool:
     """Whether mapping failed. Drivers must ask for each address that they get, before they use it."""
-    return device.dma_debug.mapping_error(addr)
+    what = device_call(device, "dma_mapping_error")
+    return device.dma_debug.mapping_error(integer(what, "addr", addr))
 
 
 def dma_sync_single_for_cpu(device: DmaDevice, addr: int, size: int, direction: int) -> None:
@@ -92,9 +94,10 @@ def check_piece(what: str, export: Export, offset: int, size: int) -> None:
 
 
 def _map(device: DmaDevice, ptr: Buffer, offset: int, size: int, direction: int, type_: DmaType) -> int:
-    what = f"{device.name}: dma_map_{type_}"
+    what = device_call(device, f"dma_map_{type_}")
     device._check_bound(what)
     way = check_direction(what, direction)
+    offset, size = integer(what, "offset", offset), integer(what, "size", size)
     export = Export(what, ptr, writable=way.device_writes)
     check_piece(what, export, offset, size)
     if type_ is DmaType.PAGE and export.addr % PAGE_SIZE:
@@ -131,15 +134,17 @@ def no_address(device: DmaDevice, type_: DmaType, addr: int, size: int, way: Dma
 
 
 def _unmap(device: DmaDevice, addr: int, size: int, direction: int, type_: DmaType, attrs: int) -> None:
-    what = f"{device.name}: dma_unmap_{type_}"
+    what = device_call(device, f"dma_unmap_{type_}")
     device._check_here(what)
     way = check_direction(what, direction)
+    addr, size = integer(what, "addr", addr), integer(what, "size", size)
     entry = device.dma_debug.check_unmap(addr, size, way, type_)
     device.dma_debug.end(entry, None if attrs & DMA_ATTR_SKIP_CPU_SYNC else entry.direction)
 
 
 def _part(device: DmaDevice, addr: int, size: int, direction: int, *, for_cpu: bool) -> DmaEntry:
-    what = f"{device.name}: dma_sync_single"
+    what = device_call(device, "dma_sync_single")
     device._check_here(what)
     way = check_direction(what, direction)
+    addr, size = integer(what, "addr", addr), integer(what, "size", size)
     return device.dma_debug.check_sync(addr, size, way, for_cpu=for_cpu)

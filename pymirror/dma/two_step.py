@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..arguments import check_is, device_call, integer
 from ..errors import MirrorError
 from .direction import DmaDirection, check_direction
 from .entry import DmaEntry, DmaType
@@ -78,11 +79,11 @@ def dma_iova_try_alloc(device: DmaDevice, size: int, phys: int = 0) -> DmaIovaSt
     ``phys`` is the address of the first piece, of which the last 12 bits count. None without an IOMMU, and
     when there is no room: use dma_map_page() then. EINVAL: no size.
     """
-    device._check_bound(f"{device.name}: dma_iova_try_alloc")
+    what = device_call(device, "dma_iova_try_alloc")
+    device._check_bound(what)
+    size, phys = integer(what, "size", size), integer(what, "phys", phys)
     if size <= 0:
-        raise MirrorError(
-            errno.EINVAL, f"{device.name}: dma_iova_try_alloc: {size} bytes", hint="give a size in bytes"
-        )
+        raise MirrorError(errno.EINVAL, f"{what}: {size} bytes", hint="give a size in bytes")
     if not device.domain.iommu:
         return None
     inside = phys % PAGE_SIZE
@@ -98,7 +99,10 @@ def dma_iova_try_alloc(device: DmaDevice, size: int, phys: int = 0) -> DmaIovaSt
 
 def dma_use_iova(state: DmaIovaState | None) -> bool:
     """Whether dma_iova_try_alloc() gave IOVAs, which are still there."""
-    return state is not None and state.extent is not None
+    if state is None:
+        return False
+    _check_state("dma_use_iova", state)
+    return state.extent is not None
 
 
 def dma_iova_link(
@@ -118,7 +122,7 @@ def dma_iova_link(
     the state. EFAULT: read-only memory that the device would write to. DmaDebugError (EEXIST): some of it is
     linked already.
     """
-    what = f"{device.name}: dma_iova_link"
+    what = device_call(device, "dma_iova_link")
     device._check_bound(what)
     way = check_direction(what, direction)
     _check_inside(what, state, offset, size)
@@ -129,6 +133,7 @@ def dma_iova_link(
             f"{what}: offset {offset:#x} is within a page, at IOVA {iova:#x}",
             hint="only the first piece may begin within a page",
         )
+    at = integer(what, "at", at)
     export = Export(what, buffer, writable=way.device_writes)
     entry = DmaEntry(iova, size, way, DmaType.IOVA, Site.of_caller(), export.addr + at, backing=state)
     try:
@@ -145,7 +150,7 @@ def dma_iova_link(
 
 def dma_iova_sync(device: DmaDevice, state: DmaIovaState, offset: int, size: int) -> None:
     """Let the device reach what is linked in [offset, offset + size). ENOMEM: none of it is then."""
-    what = f"{device.name}: dma_iova_sync"
+    what = device_call(device, "dma_iova_sync")
     device._check_bound(what)
     _check_inside(what, state, offset, size)
     done: list[_Piece] = []
@@ -169,7 +174,7 @@ def dma_iova_unlink(device: DmaDevice, state: DmaIovaState, offset: int, size: i
     DmaDebugError (EINVAL) when nothing is linked at a byte of it; EINVAL when it cuts a piece in two. Nothing
     is unlinked then.
     """
-    what = f"{device.name}: dma_iova_unlink"
+    what = device_call(device, "dma_iova_unlink")
     device._check_here(what)
     way = check_direction(what, direction)
     _check_inside(what, state, offset, size)
@@ -197,7 +202,9 @@ def dma_iova_unlink(device: DmaDevice, state: DmaIovaState, offset: int, size: i
 
 def dma_iova_free(device: DmaDevice, state: DmaIovaState) -> None:
     """Give the IOVAs back, once everything is unlinked: DmaDebugError (EBUSY) before. Idempotent."""
-    device._check_here(f"{device.name}: dma_iova_free")
+    what = device_call(device, "dma_iova_free")
+    device._check_here(what)
+    _check_state(what, state)
     if state.pieces:
         device.dma_debug.report(
             DmaDebugCategory.IOVA_STILL_LINKED,
@@ -213,12 +220,18 @@ def dma_iova_free(device: DmaDevice, state: DmaIovaState) -> None:
 
 def dma_iova_destroy(device: DmaDevice, state: DmaIovaState, mapped_len: int, direction: int) -> None:
     """Unlink the first mapped_len bytes, which must be all that is linked, and give the IOVAs back."""
-    if mapped_len:
+    if integer("dma_iova_destroy", "mapped_len", mapped_len):
         dma_iova_unlink(device, state, 0, mapped_len, direction)
     dma_iova_free(device, state)
 
 
+def _check_state(what: str, state: DmaIovaState) -> None:
+    check_is(what, "state", state, "extent", "the state that dma_iova_try_alloc() gave")
+
+
 def _check_inside(what: str, state: DmaIovaState, offset: int, size: int) -> None:
+    _check_state(what, state)
+    offset, size = integer(what, "offset", offset), integer(what, "size", size)
     if state.extent is not None and offset >= 0 and size > 0 and offset + size <= state.size:
         return
     where = "freed IOVAs" if state.extent is None else f"{state.size} bytes of IOVAs"
