@@ -100,6 +100,22 @@ int touch_at(int sig, int off)
     return sigaction(sig, &(struct sigaction){.sa_handler = off ? SIG_IGN : on_signal}, NULL);
 }
 
+/* The signal goes to one thread, every so often, wherever it is: 0, and the timer's number. */
+int storm_start(int tid, int sig, uint64_t ns, int *timer)
+{
+    struct sigevent to = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = sig, ._sigev_un._tid = tid};
+    struct timespec every = {.tv_nsec = (long)ns};
+
+    if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &to, timer))
+        return -1;
+    return (int)syscall(SYS_timer_settime, *timer, 0, &(struct itimerspec){every, every}, NULL);
+}
+
+void storm_stop(int timer)
+{
+    syscall(SYS_timer_delete, timer);
+}
+
 static bool blocks(int tid, int sig)
 {
     char name[64], text[4096], *at;

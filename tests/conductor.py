@@ -81,6 +81,23 @@ def touching(pages: Sequence[int], counter: int = 0) -> Iterator[None]:
 
 
 @contextmanager
+def storm(gap_s: float) -> Iterator[None]:
+    """SIGNAL to this thread as often as that."""
+    timer = ctypes.c_int()
+    gap = ctypes.c_uint64(int(gap_s * 1e9))
+    assert library().storm_start(threading.get_native_id(), SIGNAL, gap, ctypes.byref(timer)) == 0
+    try:
+        yield
+    finally:
+        library().storm_stop(timer)
+
+
+def handled() -> int:
+    """How often the handler has run."""
+    return int(library().touch_ran())
+
+
+@contextmanager
 def conducted(
     names: Sequence[str], pages: Sequence[int], counter: int = 0, *, forks: bool = False
 ) -> Iterator[Met]:
@@ -108,7 +125,7 @@ def conducted(
             library().conductor_stop(conductor)
             met.points = [name for i, name in enumerate(names) if library().conductor_met(conductor, i)]
             met.forks = list(_forks(conductor, there, len(pages)))
-            met.handled = library().touch_ran()
+            met.handled = handled()
             library().conductor_free(conductor)
             del there
             room.close()
