@@ -91,7 +91,7 @@ ssize_t pm_sys_pread(int fd, void *buf, size_t len, uint64_t offset);
 ssize_t pm_sys_pwrite(int fd, const void *buf, size_t len, uint64_t offset);
 int pm_sys_nofile(const struct rlimit *set, struct rlimit *old); /* counted as open */
 int pm_sys_ioctl(int fd, unsigned long request, void *arg);
-int pm_sys_poll(struct pollfd *fds, nfds_t n, int timeout_ms);
+int pm_sys_poll(struct pollfd *fds, nfds_t n, uint64_t timeout_ns);
 int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret);
 int pm_sys_munmap(uint64_t addr, uint64_t len);
 int pm_sys_mprotect(uint64_t addr, uint64_t len, int prot);
@@ -180,7 +180,7 @@ struct pm_inflight {
     bool voided; /* an invalidation passed: a read is discarded */
 };
 
-enum { PM_DEFERRED_MAX = 64 };
+enum { PM_DEFERRED_MAX = 64, PM_HELD_MAX_NS = 10 * 1000 * 1000 };
 enum { PM_FORK_PIECES = 16, PM_LINGER_MAX = 64, PM_QUEUE_DEFAULT = 1024, PM_ALONE_MAX = 64 };
 
 struct pm_watch_range {
@@ -230,8 +230,9 @@ struct pm_mm {
 
     struct pm_event *queue;
     uint32_t queue_len, queue_head, queue_count;
-    uint32_t queue_faults;   /* of queue_count: those with PM_EV_FAULT */
-    uint64_t fault_event_ns; /* when the last of these was taken */
+    uint32_t ready;          /* of queue_count, from the head on: not put off, see queue.c */
+    uint64_t held_ns;        /* since when the monitor has not told of what it pushed; 0: it has of all */
+    uint64_t fault_event_ns; /* when the last event with PM_EV_FAULT was taken */
     uint32_t syncing;        /* calls that wait for the queue */
     bool overflowed;
     struct pm_event overflow;
@@ -329,6 +330,9 @@ bool pm_seq_undelivered(const struct pm_mm *mm, uint64_t seq);
 
 /* queue.c: with the device lock held; never allocates. first_seq is its own business. */
 void pm_queue_push(struct pm_mm *mm, const struct pm_event *event);
+/* The monitor's: push without a wake of the dispatcher, and tell of all that was pushed so. */
+void pm_queue_hold(struct pm_mm *mm, const struct pm_event *event);
+void pm_queue_tell(struct pm_mm *mm);
 
 /* table.c: with the device lock held */
 void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq);

@@ -14,8 +14,9 @@
 
 #include "devmem.h"
 
-enum { MESSAGES = 32, LINGER_MIN_NS = 100 * 1000, LINGER_MAX_NS = 10 * 1000 * 1000, LINGER_STEP_MS = 1 };
-static const uint64_t drain_limit_ns = 100ULL * 1000 * 1000;
+enum { MESSAGES = 32, LINGER_MIN_NS = 100 * 1000, LINGER_MAX_NS = 10 * 1000 * 1000 };
+enum { STEP_NS = 1000 * 1000, QUIET_NS = 200 * 1000 };
+static const uint64_t drain_limit_ns = 100ULL * 1000 * 1000, idle_ns = 1000ULL * 1000 * 1000;
 
 static void set_state(struct pm_mm *mm, uint32_t state)
 {
@@ -38,7 +39,7 @@ static void push(struct pm_mm *mm, uint64_t start, uint64_t end, int type, int g
     };
 
     mm->stats.events[type]++;
-    pm_queue_push(mm, &event);
+    pm_queue_hold(mm, &event);
 }
 
 /* What the message tells has happened: begin and end at once. */
@@ -310,33 +311,51 @@ static void announce_start(struct pm_mm *mm)
     pm_unlock(mm);
 }
 
-static int poll_ms(struct pm_mm *mm)
+static uint64_t poll_ns(struct pm_mm *mm, uint64_t now)
 {
-    int deferred = pm_home_deferred_ms(mm), lingering = mm->nlinger ? LINGER_STEP_MS : 1000;
+    int deferred = pm_home_deferred_ms(mm);
+    uint64_t wait = mm->nlinger ? STEP_NS : idle_ns;
 
-    return deferred >= 0 && deferred < lingering ? deferred : lingering;
+    /* Longer when events have been coming for longer. */
+    if (mm->held_ns)
+        wait = pm_min(pm_max(now - mm->held_ns, QUIET_NS), STEP_NS);
+    return deferred >= 0 ? pm_min((uint64_t)deferred * 1000 * 1000, wait) : wait;
+}
+
+static void tell(struct pm_mm *mm)
+{
+    pm_lock(mm);
+    pm_queue_tell(mm);
+    pm_unlock(mm);
 }
 
 static void *monitor_main(void *arg)
 {
     struct pm_mm *mm = arg;
     struct pollfd fds[2] = {{.fd = mm->uffd, .events = POLLIN}, {.fd = mm->wake_fd, .events = POLLIN}};
+    uint64_t looked = 0;
 
     pm_thread_name("pymirror-mon");
     pm_all_blocked();
     announce_start(mm);
     while (!atomic_load(&mm->stop_monitor)) {
+        uint64_t now = pm_now_ns();
         int n;
 
         if (mm->status)
-            mm->status->monitor_loop_ns = pm_now_ns();
+            mm->status->monitor_loop_ns = now;
         set_state(mm, 1);
-        n = pm_sys_poll(fds, 2, poll_ms(mm));
+        n = pm_sys_poll(fds, 2, poll_ns(mm, now));
         if (n < 0)
             nanosleep(&(struct timespec){.tv_nsec = 1000 * 1000}, NULL);
         if (n > 0 && (fds[0].revents & POLLIN))
             take_events(mm);
-        end_lingering(mm);
+        if (mm->held_ns && (n == 0 || now >= mm->held_ns + PM_HELD_MAX_NS))
+            tell(mm);
+        if (mm->nlinger && (n == 0 || now >= looked + STEP_NS)) {
+            end_lingering(mm);
+            looked = now;
+        }
         if (pm_home_deferred_ms(mm) == 0)
             pm_home_deferred(mm);
         if (mm->spare_fd < 0)

@@ -239,7 +239,8 @@ struct pm_event {
 
 /*
  * The next event: 0, -ETIMEDOUT, -ESRCH once the mm is closed and the queue is empty. 4 ms lie between
- * events of CPU faults, unless the time-out is shorter, or something else waits.
+ * events of CPU faults, and what the kernel reports waits for more of it, 10 ms at most, unless the time-out
+ * is shorter, or something else waits.
  */
 int pm_event_wait(pm_mm *mm, uint64_t timeout_ns, struct pm_event *ret);
 /* The callbacks of the event last given have returned. */

@@ -7,10 +7,12 @@
  * invalid", and everything is made invalid, so that no invalidation is ever lost. The monitor pushes and must
  * not allocate.
  *
- * CPU faults on device memory come in storms, of one thread after the other or of one that walks through. A
- * dispatcher that woke for each would be what they wait for: it takes a processor, and each page that moves
- * then interrupts that one. So the first is told at once, and what comes in the 4 ms after it
- * together, with neighbours as one event.
+ * Events come in storms. A dispatcher that woke for each would be what their threads wait for: it takes a
+ * processor, beside which the monitor wakes on another one, and each page that moves interrupts that. So
+ *   - of CPU faults on device memory the first is told at once, and what comes in the 4 ms after it
+ *     together, with neighbours as one event;
+ *   - what the monitor reads is told when it has had nothing to read for a moment, or after 10 ms.
+ * What was told of once is taken, whatever comes then.
  */
 #include <errno.h>
 
@@ -56,7 +58,7 @@ static void overflow(struct pm_mm *mm, const struct pm_event *event)
     }
     mm->overflowed = true;
     mm->queue_count = 0;
-    mm->queue_faults = 0;
+    mm->ready = 0;
 }
 
 static bool is_fault(const struct pm_event *event)
@@ -94,25 +96,53 @@ static bool enqueue(struct pm_mm *mm, const struct pm_event *event)
     slot->first_seq = event->seq;
     mm->queue_count++;
     mm->queued_total++;
-    if (is_fault(event))
-        mm->queue_faults++;
     return true;
 }
 
-/* Until when the dispatcher need not look, since nothing but CPU faults may be there. */
+/* Until when the dispatcher need not look. */
 static uint64_t rest_until(const struct pm_mm *mm)
 {
-    if (mm->overflowed || mm->queue_faults < mm->queue_count || mm->queue_count > mm->queue_len / 2)
+    if (mm->overflowed || mm->ready || mm->queue_count > mm->queue_len / 2)
         return 0;
-    return mm->syncing || pm_mm_check(mm) ? 0 : mm->fault_event_ns + faults_apart_ns;
+    if (mm->syncing || pm_mm_check(mm))
+        return 0;
+    return mm->held_ns ? mm->held_ns + PM_HELD_MAX_NS : mm->fault_event_ns + faults_apart_ns;
 }
 
-void pm_queue_push(struct pm_mm *mm, const struct pm_event *event)
+static void add(struct pm_mm *mm, const struct pm_event *event)
 {
     if (mm->overflowed || (!append(mm, event) && !enqueue(mm, event)))
         overflow(mm, event);
     publish(mm);
-    if (rest_until(mm) <= event->when_ns)
+}
+
+static void wake(struct pm_mm *mm, uint64_t now)
+{
+    if (rest_until(mm) <= now)
+        pthread_cond_broadcast(&mm->queued);
+}
+
+void pm_queue_push(struct pm_mm *mm, const struct pm_event *event)
+{
+    add(mm, event);
+    if (!is_fault(event))
+        mm->ready = mm->queue_count;
+    wake(mm, event->when_ns);
+}
+
+void pm_queue_hold(struct pm_mm *mm, const struct pm_event *event)
+{
+    if (!mm->held_ns)
+        mm->held_ns = event->when_ns;
+    add(mm, event);
+    wake(mm, event->when_ns);
+}
+
+void pm_queue_tell(struct pm_mm *mm)
+{
+    mm->held_ns = 0;
+    mm->ready = mm->queue_count;
+    if (mm->ready)
         pthread_cond_broadcast(&mm->queued);
 }
 
@@ -135,16 +165,16 @@ static bool queue_pop(struct pm_mm *mm, uint64_t until, struct pm_event *ret)
         *ret = mm->queue[mm->queue_head];
         mm->queue_head = (mm->queue_head + 1) % mm->queue_len;
         mm->queue_count--;
+        if (mm->ready)
+            mm->ready--;
     } else {
         return false;
     }
     mm->current = *ret;
     mm->delivering = true;
     mm->delivering_ns = pm_now_ns();
-    if (is_fault(ret)) {
-        mm->queue_faults--;
+    if (is_fault(ret))
         mm->fault_event_ns = mm->delivering_ns;
-    }
     publish(mm);
     return true;
 }

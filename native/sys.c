@@ -157,11 +157,12 @@ int pm_sys_ioctl(int fd, unsigned long request, void *arg)
     return err ? err : (int)result(ioctl(fd, request, arg));
 }
 
-int pm_sys_poll(struct pollfd *fds, nfds_t n, int timeout_ms)
+int pm_sys_poll(struct pollfd *fds, nfds_t n, uint64_t timeout_ns)
 {
+    struct timespec timeout = {(time_t)(timeout_ns / 1000000000), (long)(timeout_ns % 1000000000)};
     int err = enter(PM_SYS_POLL);
 
-    return err ? err : (int)result(poll(fds, n, timeout_ms));
+    return err ? err : (int)result(ppoll(fds, n, &timeout, NULL));
 }
 
 int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret)

@@ -12,8 +12,10 @@ static pm_mm *open_small_queue(void)
     return open_mm_with(&opt);
 }
 
-/* As the monitor does it: the sequence moves, the entries are fenced, the event is queued. */
-static uint64_t push_event(pm_mm *mm, struct pm_event event)
+typedef void (*push_fn)(struct pm_mm *mm, const struct pm_event *event);
+
+/* The sequence moves, the entries are fenced, the event is queued. */
+static uint64_t push_by(pm_mm *mm, push_fn fn, struct pm_event event)
 {
     struct pm_inv inv = {0};
 
@@ -21,9 +23,21 @@ static uint64_t push_event(pm_mm *mm, struct pm_event event)
     pm_lock(mm);
     event.seq = pm_inv_open(mm, &inv, event.start, pm_last(event.end), (int)event.type, (int)event.guarantee);
     pm_inv_close(mm, &inv);
-    pm_queue_push(mm, &event);
+    fn(mm, &event);
     pm_unlock(mm);
     return event.seq;
+}
+
+static uint64_t push_event(pm_mm *mm, struct pm_event event)
+{
+    return push_by(mm, pm_queue_push, event);
+}
+
+/* As the monitor does it. */
+static void hold(pm_mm *mm, uint64_t start)
+{
+    push_by(mm, pm_queue_hold,
+            (struct pm_event){.start = start, .end = start + PAGE, .type = PM_UNMAP, .guarantee = PM_AFTER});
 }
 
 static uint64_t push(pm_mm *mm, uint64_t start, uint64_t end)
@@ -302,6 +316,75 @@ static void faults_let_the_dispatcher_rest(void)
     close_mm(mm);
 }
 
+static int take(pm_mm *mm)
+{
+    struct pm_event event;
+    int ret = pm_event_wait(mm, UINT64_MAX, &event);
+
+    return ret ? ret : pm_event_done(mm);
+}
+
+static void call_take(struct call *call)
+{
+    call->ret = take(call->arg[0]);
+}
+
+/* As if the last time limit were an hour off. */
+static void put_off(pm_mm *mm)
+{
+    pm_lock(mm);
+    mm->held_ns += 3600 * SECOND;
+    pm_unlock(mm);
+}
+
+static void what_is_held_waits_to_be_told(void)
+{
+    pm_mm *mm = open_small_queue();
+    struct call taker = {.fn = call_take, .arg = {mm}}, syncer = {.fn = call_sync, .arg = {mm}};
+    struct pm_event event;
+
+    hold(mm, PAGE);
+    put_off(mm);
+    hold(mm, 3 * PAGE);
+    CHECK_EQ(mm->ready, 0);
+    call_start(&taker);
+    pm_lock(mm);
+    CHECK_EQ(mm->queue_count, 2);
+    pm_queue_tell(mm);
+    pm_unlock(mm);
+    CHECK_EQ(call_join(&taker), 0);
+    /* Told of already, and nothing that comes later puts it off. */
+    hold(mm, 5 * PAGE);
+    put_off(mm);
+    NEED_EQ(pm_event_wait(mm, UINT64_MAX, &event), 0);
+    CHECK_EQ(event.start, 3 * PAGE);
+    CHECK_EQ(pm_event_done(mm), 0);
+    /* Who waits for the queue has it told. */
+    call_start(&syncer);
+    NEED_EQ(pm_event_wait(mm, UINT64_MAX, &event), 0);
+    CHECK_EQ(event.start, 5 * PAGE);
+    CHECK_EQ(pm_event_done(mm), 0);
+    CHECK_EQ(call_join(&syncer), 0);
+    /* So does another event that is not held, and a queue that fills. */
+    hold(mm, 7 * PAGE);
+    put_off(mm);
+    push(mm, PAGE, 2 * PAGE);
+    CHECK_EQ(mm->ready, 2);
+    CHECK_EQ(take(mm), 0);
+    CHECK_EQ(take(mm), 0);
+    for (uint64_t i = 0; i <= LENGTH / 2; i++)
+        hold(mm, (2 * i + 1) * PAGE);
+    CHECK_EQ(mm->ready, 0);
+    CHECK_EQ(take(mm), 0);
+    /* Told of by its own time limit, if nobody tells. */
+    pm_lock(mm);
+    mm->held_ns = pm_now_ns();
+    pm_unlock(mm);
+    CHECK_EQ(take(mm), 0);
+    CHECK(pm_now_ns() >= mm->held_ns + PM_HELD_MAX_NS);
+    close_mm(mm);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
@@ -314,6 +397,7 @@ int main(int argc, char **argv)
         TEST(faults_on_neighbours_are_one_event),
         TEST(only_neighbours_in_place_and_time),
         TEST(faults_let_the_dispatcher_rest),
+        TEST(what_is_held_waits_to_be_told),
     };
 
     return run_tests(tests, COUNT_OF(tests), argc, argv);
