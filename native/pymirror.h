@@ -806,8 +806,8 @@ int pm_mm_status_fd(const pm_mm *mm);
 int pm_status_waits(pm_mm *mm, const struct pm_status_wait *waits, uint32_t n);
 
 /*
- * For a type of objects that export buffers, in CPython: bf_getbuffer, which calls `get`, and bf_releasebuffer.
- * They count the buffers that are held in the word at `offset` of the object, 0 at first.
+ * For a type of objects that export buffers, in CPython: bf_getbuffer, which calls `get`, and
+ * bf_releasebuffer. They count the buffers that are held in the word at `offset` of the object, 0 at first.
  */
 void pm_export_init(int (*get)(void *object, void *buffer, int flags), uint64_t offset);
 int pm_export_get(void *object, void *buffer, int flags);

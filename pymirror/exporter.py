@@ -2,7 +2,8 @@
 """ctypes arrays over given memory, whose buffer exports are counted.
 
 ctypes exports buffers without a release slot, and numpy then refers to the exporter directly. With one, numpy
-goes through a memoryview, and each buffer is given back. Only an extension type could fill the slots properly.
+goes through a memoryview, and each buffer is given back. Only an extension type could fill the slots
+properly.
 """
 
 from __future__ import annotations
@@ -66,6 +67,4 @@ def _free_word() -> int:
 
 _check_layout()
 _COUNT = _free_word()
-lib.pm_export_init(
-    ffi.cast("int (*)(void *, void *, int)", _slots(ctypes.c_ubyte * _WORD)[0].value), _COUNT
-)
+lib.pm_export_init(ffi.cast("int (*)(void *, void *, int)", _slots(ctypes.c_ubyte * _WORD)[0].value), _COUNT)
