@@ -104,15 +104,21 @@ int pm_devmem_coherent(pm_devmem *vram)
 {
     struct pm_mm *mm = vram->mm;
     uint64_t number = 1;
+    int err = pm_have(mm, PM_FEAT_PFN) ? pm_mm_check(mm) : -EOPNOTSUPP;
 
-    if (!pm_have(mm, PM_FEAT_PFN))
-        return -EOPNOTSUPP;
+    if (err)
+        return err;
     pm_lock(mm);
     while (taken(mm->devices, number))
         number++;
-    vram->coherent = number <= MAX_COHERENT ? number : 0;
+    if (vram->used || vram->coherent)
+        err = -EBUSY;
+    else if (number > MAX_COHERENT)
+        err = -ENOSPC;
+    else
+        vram->coherent = number;
     pm_unlock(mm);
-    return vram->coherent ? 0 : -ENOSPC;
+    return err;
 }
 
 static void read_pages(struct pm_mm *mm, const struct pm_devmem *vram, uint64_t start, uint64_t n,
@@ -130,7 +136,7 @@ static void read_pages(struct pm_mm *mm, const struct pm_devmem *vram, uint64_t 
 int pm_coherent_pages(pm_mm *mm, const pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret)
 {
     uint64_t seen[PM_HUGE_PAGES], step;
-    int err = pm_is_interval(start, start + (n << PM_PAGE_SHIFT)) ? pm_mm_enter(mm) : -EINVAL;
+    int err = pm_is_pages(start, n) ? pm_mm_enter(mm) : -EINVAL;
 
     if (err)
         return err;

@@ -284,7 +284,7 @@ static uint64_t wanted_run(uint64_t addr, uint64_t n, const uint8_t *wanted)
 int pm_devmem_alloc(pm_devmem *vram, uint64_t start, uint64_t n, const uint8_t *wanted, uint64_t *pfns)
 {
     struct pm_mm *mm = vram->mm;
-    int err = pm_is_interval(start, start + (n << PM_PAGE_SHIFT)) ? pm_mm_enter(mm) : -EINVAL;
+    int err = pm_is_pages(start, n) ? pm_mm_enter(mm) : -EINVAL;
 
     if (err)
         return err;
@@ -305,7 +305,7 @@ int pm_devmem_alloc(pm_devmem *vram, uint64_t start, uint64_t n, const uint8_t *
 int pm_devmem_free(pm_devmem *vram, uint64_t n, const uint64_t *pfns)
 {
     struct pm_mm *mm = vram->mm;
-    int err = pm_mm_check(mm);
+    int err = n <= PM_USER_END >> PM_PAGE_SHIFT ? pm_mm_check(mm) : -EINVAL;
 
     if (err)
         return err;
@@ -686,8 +686,13 @@ int pm_devmem_destroy(pm_devmem *vram)
     return 0;
 }
 
+/* The CPU faults that it keeps waiting are to end. */
+static const uint64_t timeslice_limit_ns = 1000ULL * 1000 * 1000;
+
 int pm_devmem_timeslice(pm_devmem *vram, uint64_t ns)
 {
+    if (ns > timeslice_limit_ns)
+        return -EINVAL;
     if (!pm_mm_owned(vram->mm))
         return -ESRCH;
     pm_lock(vram->mm);

@@ -155,6 +155,7 @@ void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len);
 int pm_move_out(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
 bool pm_movable(const struct pm_mm *mm, const struct pm_vma *vma);
 bool pm_is_interval(uint64_t start, uint64_t end); /* whole pages of user memory */
+bool pm_is_pages(uint64_t start, uint64_t n);      /* the same, of n pages */
 void pm_doze(void);
 /* UFFDIO_MOVE: bytes moved, from the start on, or an errno when that is none. */
 int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len, uint64_t mode);

@@ -132,7 +132,7 @@ int pm_dmap_link(pm_dmap *dmap, pm_sub *sub, uint64_t seq, uint64_t first, uint6
     if (!pm_domain_owned(dmap->domain))
         return -ESRCH;
     if (!pm_dmap_fences(dmap) || pm_domain_direct(dmap->domain) || first > dmap->n || n > dmap->n - first ||
-        sub->mm != dmap->mm)
+        sub->mm != dmap->mm || !pm_sub_covers(sub, dmap->start + (first << PM_PAGE_SHIFT), n))
         return -EINVAL;
     pm_point(PM_POINT_DMA_MAP_BEFORE_COMMIT);
     pm_lock(dmap->mm);

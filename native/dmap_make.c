@@ -147,6 +147,8 @@ static int check_options(const struct pm_dmap_options *opt)
         return opt->pin && opt->pfns && !opt->flags ? 0 : -EINVAL;
     if (opt->source != PM_DMA_MIRROR || !opt->sub || !(opt->pfns || (opt->flags & PM_DMAP_EMPTY)))
         return -EINVAL;
+    if (!pm_sub_covers(opt->sub, opt->start, opt->n))
+        return -EINVAL;
     return pm_mm_check(opt->sub->mm);
 }
 

@@ -19,7 +19,7 @@ static uint64_t all_bits(const uint64_t *pfns, uint64_t n)
 
 int pm_walk_inout(pm_mm *mm, struct pm_walk *walk)
 {
-    uint64_t n = walk->end > walk->start ? (walk->end - walk->start) >> PM_PAGE_SHIFT : 0;
+    uint64_t n = pm_walk_is_sane(mm, walk) ? (walk->end - walk->start) >> PM_PAGE_SHIFT : 0;
     uint64_t *kept;
     int err;
 

@@ -155,6 +155,12 @@ struct pm_sub {
     atomic_int refs;
 };
 
+/* Are n pages from start on, which are in the address space, its? */
+static inline bool pm_sub_covers(const struct pm_sub *sub, uint64_t start, uint64_t n)
+{
+    return start >= sub->node.start && start + (n << PM_PAGE_SHIFT) - 1 <= sub->node.last;
+}
+
 struct pm_inv {
     struct pm_inv *next;
     struct pm_mm *mm;
@@ -170,6 +176,9 @@ struct pm_inv {
     bool linger;      /* a REMOVE read by the monitor */
     bool used;        /* slot of a pool is taken */
 };
+
+/* walk.c: can its array be looked at? */
+bool pm_walk_is_sane(const struct pm_mm *mm, const struct pm_walk *walk);
 
 struct pm_inflight {
     struct pm_inflight *next;

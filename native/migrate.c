@@ -324,7 +324,7 @@ static int set_missing(struct pm_mm *mm, const struct pm_vma *vma, uint64_t star
 int pm_migrate_level(pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_vma vma;
-    int err = pm_mm_enter(mm);
+    int err = pm_is_interval(start, end) ? pm_mm_enter(mm) : -EINVAL;
 
     if (err)
         return err;
@@ -484,6 +484,11 @@ bool pm_is_interval(uint64_t start, uint64_t end)
     return start % PM_PAGE_SIZE == 0 && end % PM_PAGE_SIZE == 0 && start < end && end <= PM_USER_END;
 }
 
+bool pm_is_pages(uint64_t start, uint64_t n)
+{
+    return n <= PM_USER_END >> PM_PAGE_SHIFT && pm_is_interval(start, start + (n << PM_PAGE_SHIFT));
+}
+
 /* Pages from addr on, to slots in a row. Where memory has gone meanwhile the others move all the same. */
 static void move_to(struct pm_devmem *vram, uint64_t addr, uint64_t n, uint64_t slot)
 {
@@ -502,7 +507,7 @@ static void move_to(struct pm_devmem *vram, uint64_t addr, uint64_t n, uint64_t 
 int pm_migrate_pages(pm_devmem *vram, uint64_t start, uint64_t n, const uint64_t *pfns, uint8_t *moved)
 {
     struct pm_mm *mm = vram->mm;
-    int err = pm_is_interval(start, start + (n << PM_PAGE_SHIFT)) ? pm_mm_enter(mm) : -EINVAL;
+    int err = pm_is_pages(start, n) ? pm_mm_enter(mm) : -EINVAL;
     uint64_t last;
 
     if (err)

@@ -461,11 +461,12 @@ int pm_devmem_create(pm_mm *mm, uint64_t size, uint64_t owner, pm_devmem **ret);
 int pm_devmem_destroy(pm_devmem *vram);
 /*
  * Make it memory that the CPU reaches as well (MEMORY_DEVICE_COHERENT), before the first migration: pages
- * that migrate are exchanged for others, and stay mapped. -EOPNOTSUPP without PFNs, -ENOSPC beyond 2047 of an
- * mm.
+ * that migrate are exchanged for others, and stay mapped. -EOPNOTSUPP without PFNs, -EBUSY once it has pages,
+ * or is so already, -ENOSPC beyond 2047 of an mm.
  */
 int pm_devmem_coherent(pm_devmem *vram);
-/* The least time that pages stay once they have migrated: a CPU fault waits for it, a call does not. */
+/* The least time that pages stay once they have migrated, 1 s at most: a CPU fault waits for it, a call does
+ * not. */
 int pm_devmem_timeslice(pm_devmem *vram, uint64_t ns);
 /* For each of n pages: is it in this memory, of either kind? -EINVAL, -ESRCH. */
 int pm_devmem_holds(pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret);

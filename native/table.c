@@ -288,7 +288,7 @@ int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uin
     if (n == 0 || n > PM_USER_END >> PM_PAGE_SHIFT || start % PM_PAGE_SIZE || start >= PM_USER_END ||
         PM_USER_END - start < n << PM_PAGE_SHIFT)
         return -EINVAL;
-    if (start < sub->node.start || start + (n << PM_PAGE_SHIFT) - 1 > sub->node.last)
+    if (!pm_sub_covers(sub, start, n))
         return -EINVAL;
     pthread_mutex_lock(&table->grow);
     err = bind(table, mm);

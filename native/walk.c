@@ -409,6 +409,15 @@ static int walk_all(struct pm_mm *mm, struct pm_walk *walk)
     return err;
 }
 
+bool pm_walk_is_sane(const struct pm_mm *mm, const struct pm_walk *walk)
+{
+    const uint32_t flags = PM_WALK_FAULT | PM_WALK_NOBLOCK | PM_WALK_STRICT | PM_WALK_VERIFY;
+
+    return walk->start % PM_PAGE_SIZE == 0 && walk->end % PM_PAGE_SIZE == 0 && walk->start < walk->end &&
+           walk->end <= user_end && walk->pfns && !(walk->flags & ~flags) &&
+           !(walk->sub && walk->sub->mm != mm);
+}
+
 /* Refused calls (-EINVAL, -ESRCH) leave the pfns alone. */
 int pm_walk(pm_mm *mm, struct pm_walk *walk)
 {
@@ -416,8 +425,7 @@ int pm_walk(pm_mm *mm, struct pm_walk *walk)
 
     walk->fail_start = walk->fail_end = walk->start;
     walk->populated = 0;
-    if (walk->start % PM_PAGE_SIZE || walk->end % PM_PAGE_SIZE || walk->start >= walk->end ||
-        walk->end > user_end)
+    if (!pm_walk_is_sane(mm, walk))
         return -EINVAL;
     err = pm_mm_enter(mm);
     if (err)

@@ -375,7 +375,8 @@ int64_t pm_watch(pm_mm *mm, uint64_t start, uint64_t end, uint32_t flags)
 {
     int64_t ret;
 
-    if (start % PM_PAGE_SIZE || end % PM_PAGE_SIZE || end <= start)
+    if (start % PM_PAGE_SIZE || end % PM_PAGE_SIZE || end <= start ||
+        (flags & ~(uint32_t)(PM_WATCH_FILES | PM_WATCH_EXACT)))
         return -EINVAL;
     if (!pm_have(mm, PM_FEAT_UFFD) || !pm_have(mm, PM_FEAT_UFFD_EVENTS))
         return 0;
