@@ -230,6 +230,19 @@ static void drop_tables(uint64_t start, uint64_t end)
         pm_sys_madvise(start, end - start, MADV_DONTNEED);
 }
 
+/* Is the block unused now that so many slots of it are free? */
+static bool count_free(struct pm_devices *devices, struct pm_devmem *vram, struct pm_block *block, uint64_t n)
+{
+    vram->used -= n;
+    block->used -= n;
+    if (block->used)
+        return false;
+    if (block->back)
+        pm_node_free(devices, block->back);
+    block->back = NULL;
+    return true;
+}
+
 /* Slots in a row, in one block. Is the block unused now? */
 static bool free_slots(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot, uint64_t n)
 {
@@ -241,14 +254,7 @@ static bool free_slots(struct pm_devices *devices, struct pm_devmem *vram, uint6
     } else {
         memset(back_of(devices, block) + place_of(slot), 0, n * sizeof(*block->back));
     }
-    vram->used -= n;
-    block->used -= n;
-    if (block->used)
-        return false;
-    if (block->back)
-        pm_node_free(devices, block->back);
-    block->back = NULL;
-    return true;
+    return count_free(devices, vram, block, n);
 }
 
 /* Slots for a run of pages: how many there was room for. */
@@ -351,20 +357,33 @@ int pm_devmem_addrs(pm_devmem *vram, uint64_t pfn, uint64_t n, uint64_t *ret)
     return 0;
 }
 
-/* The one page of a CPU fault. */
-static bool forget_page(struct pm_devices *devices, uint64_t addr)
+struct pm_spot pm_spot_at(struct pm_devices *devices, uint64_t addr)
 {
-    uint64_t *entry = pm_resident_own(devices, addr), slot, block;
+    struct pm_spot spot = {.addr = addr};
 
-    if (!entry || !*entry)
-        return false;
-    slot = pm_page_down(*entry);
-    block = slot & ~(PM_HUGE_SIZE - 1);
-    *entry = 0;
-    devices->stats.resident--;
-    if (free_slots(devices, pm_devmem_of(devices, slot), slot, 1))
+    if (devices)
+        spot.word = pm_resident_entry(devices, addr, &spot.entry);
+    if (spot.word) {
+        spot.slot = pm_page_down(spot.word);
+        spot.vram = pm_devmem_of(devices, spot.slot);
+        spot.block = &spot.vram->blocks[block_of(spot.vram, spot.slot)];
+    }
+    return spot;
+}
+
+void pm_spot_forget(struct pm_mm *mm, const struct pm_spot *spot)
+{
+    uint64_t block = spot->slot & ~(PM_HUGE_SIZE - 1);
+
+    if (!spot->entry) {
+        pm_devmem_forget(mm, spot->addr, 1);
+        return;
+    }
+    *spot->entry = 0;
+    mm->devices->stats.resident--;
+    back_of(mm->devices, spot->block)[place_of(spot->slot)] = 0;
+    if (count_free(mm->devices, spot->vram, spot->block, 1))
         drop_tables(block, block + PM_HUGE_SIZE);
-    return true;
 }
 
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
@@ -372,8 +391,6 @@ void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n)
     struct pm_devices *devices = mm->devices;
     uint64_t end = addr + (n << PM_PAGE_SHIFT), run, unused = 0, unused_end = 0;
 
-    if (n == 1 && forget_page(devices, addr))
-        return;
     for (; addr < end; addr += run << PM_PAGE_SHIFT) {
         uint64_t *whole = pm_resident_whole(devices, addr), slot = pm_resident(devices, addr);
         uint64_t block = slot & ~(PM_HUGE_SIZE - 1);
@@ -699,13 +716,6 @@ int pm_devmem_timeslice(pm_devmem *vram, uint64_t ns)
     vram->timeslice_ns = ns;
     pm_unlock(vram->mm);
     return 0;
-}
-
-uint64_t pm_devmem_until(struct pm_devices *devices, uint64_t slot)
-{
-    const struct pm_devmem *vram = pm_devmem_of(devices, slot);
-
-    return vram->timeslice_ns ? vram->blocks[block_of(vram, slot)].until_ns : 0;
 }
 
 int pm_devmem_holds(pm_devmem *vram, uint64_t start, uint64_t n, uint8_t *ret)

@@ -56,6 +56,16 @@ struct pm_devmem {
     struct pm_block *blocks;
 };
 
+/* Where a page is, found once for all that is done with it: good until the tree or its block changes. */
+struct pm_spot {
+    uint64_t addr;
+    uint64_t word;   /* its entry in the tree; 0: it is at home, and what follows is not set */
+    uint64_t *entry; /* ... where that stands, NULL: it is noted with all of its 2 MiB */
+    uint64_t slot;
+    struct pm_devmem *vram;
+    struct pm_block *block;
+};
+
 struct pm_devices {
     struct pm_devmem *list;
     struct pm_devmem *exclusive; /* the one of the list that is */
@@ -87,8 +97,8 @@ bool pm_tree_next(uint64_t *top, uint64_t *addr, uint64_t end);
 uint64_t *pm_resident_at(struct pm_devices *devices, uint64_t addr, bool grow);
 /* Its value, 0: at home. */
 uint64_t pm_resident_word(struct pm_devices *devices, uint64_t addr);
-/* The entry of a page that is not noted with all of its 2 MiB; NULL: it is, or has none. */
-uint64_t *pm_resident_own(struct pm_devices *devices, uint64_t addr);
+/* Its value, and where it stands, NULL: with all of the page's 2 MiB. */
+uint64_t pm_resident_entry(struct pm_devices *devices, uint64_t addr, uint64_t **entry);
 /* The one word of the 2 MiB range that addr is in, if it has one. */
 uint64_t *pm_resident_whole(struct pm_devices *devices, uint64_t addr);
 /* So that a range can be noted by one; then do it: nothing of it is resident, and two nodes are promised. */
@@ -138,10 +148,11 @@ void pm_devmem_note_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, 
                           const bool *writable);
 /* Pages that are in their slots, and for each whether it was writable. -ENOMEM: none is noted. */
 int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable);
-uint64_t pm_devmem_until(struct pm_devices *devices, uint64_t slot); /* CLOCK_MONOTONIC; 0: no such time */
 uint64_t pm_slot_pfn(struct pm_devices *devices, uint64_t slot);
+struct pm_spot pm_spot_at(struct pm_devices *devices, uint64_t addr); /* of devices that may be NULL */
 /* Pages that are in their slots no more. */
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n);
+void pm_spot_forget(struct pm_mm *mm, const struct pm_spot *spot); /* the same, of one */
 /* ... and whose contents go. */
 void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end);
 void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len);
@@ -201,7 +212,7 @@ int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* What a device or the kernel is about to fault comes home at once, as a CPU fault would bring it. */
 void pm_home_touch(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* A CPU fault in a range where holes fault: 0, or what the kernel refuses it with. */
-int pm_home_fault(struct pm_mm *mm, uint64_t addr);
+int pm_home_fault(struct pm_mm *mm, const struct pm_spot *spot);
 /* The monitor's: faults on pages whose least time on the device is not over wait; in how many ms the first is
  * to be served, or -1. */
 void pm_home_deferred(struct pm_mm *mm);

@@ -102,37 +102,48 @@ void pm_wake(struct pm_mm *mm, uint64_t start, uint64_t len)
     }
 }
 
+/* Pages from a spot on, in slots in a row, come home: bytes, from the first on, or an errno. */
+static int64_t bring(struct pm_mm *mm, const struct pm_spot *spot, uint64_t len)
+{
+    /* What is to be read-only is not touched before it is. */
+    bool writable = spot->word & PM_RESIDENT_WRITE, wakes = writable;
+    int64_t got;
+
+    if (pm_lifting(mm, spot->slot, len >> PM_PAGE_SHIFT))
+        return -EAGAIN;
+    got = move_home(mm, spot->addr, spot->slot, len, wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+    if (got < 0 && got != -EAGAIN) {
+        got = copy_home(mm, spot->addr, spot->slot, len);
+        wakes = false;
+    }
+    if (got < 0)
+        return got;
+    if (!writable)
+        pm_home_readonly(mm, spot->addr, spot->addr + (uint64_t)got);
+    if (got == PM_PAGE_SIZE)
+        pm_spot_forget(mm, spot);
+    else
+        pm_devmem_forget(mm, spot->addr, (uint64_t)got >> PM_PAGE_SHIFT);
+    if (!wakes && !mm->inline_faults)
+        pm_wake(mm, spot->addr, (uint64_t)got);
+    mm->devices->stats.to_system += (uint64_t)got >> PM_PAGE_SHIFT;
+    return got;
+}
+
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only)
 {
     struct pm_devices *devices = mm->devices;
     int64_t total = 0, got;
 
     for (uint64_t addr = start; pm_resident_next(devices, &addr, end); addr += (uint64_t)got) {
-        uint64_t entry = pm_resident_word(devices, addr), slot = pm_page_down(entry);
-        uint64_t len;
-        /* What is to be read-only is not touched before it is. */
-        bool wakes = entry & PM_RESIDENT_WRITE;
+        struct pm_spot spot = pm_spot_at(devices, addr);
 
         got = PM_PAGE_SIZE;
-        if (only && pm_devmem_of(devices, slot) != only)
+        if (only && spot.vram != only)
             continue;
-        got = (int64_t)run_home(devices, addr, end);
-        if (pm_lifting(mm, slot, (uint64_t)got >> PM_PAGE_SHIFT))
-            return -EAGAIN;
-        len = (uint64_t)got;
-        got = move_home(mm, addr, slot, len, wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
-        if (got < 0 && got != -EAGAIN) {
-            got = copy_home(mm, addr, slot, len);
-            wakes = false;
-        }
+        got = bring(mm, &spot, run_home(devices, addr, end));
         if (got < 0)
             return got;
-        if (!(entry & PM_RESIDENT_WRITE))
-            pm_home_readonly(mm, addr, addr + (uint64_t)got);
-        pm_devmem_forget(mm, addr, (uint64_t)got >> PM_PAGE_SHIFT);
-        if (!wakes && !mm->inline_faults)
-            pm_wake(mm, addr, (uint64_t)got);
-        devices->stats.to_system += (uint64_t)got >> PM_PAGE_SHIFT;
         total += got >> PM_PAGE_SHIFT;
     }
     return total;
@@ -225,13 +236,14 @@ int pm_migrate_to_system(pm_mm *mm, uint64_t start, uint64_t end, const pm_devme
     return err;
 }
 
-/* How much comes home with the page at addr, which is in that slot. */
-static void span_around(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t *start, uint64_t *end)
+/* How much comes home with a page. */
+static void span_around(struct pm_mm *mm, const struct pm_spot *spot, uint64_t *start, uint64_t *end)
 {
     /* A huge page that comes home in pieces would be split. */
-    uint64_t around = pm_resident_huge(mm, addr, slot) ? PM_HUGE_SIZE : mm->devices->around;
+    bool huge = spot->block->used == PM_HUGE_PAGES && pm_resident_huge(mm, spot->addr, spot->slot);
+    uint64_t around = huge ? PM_HUGE_SIZE : mm->devices->around;
 
-    *start = addr & ~(around - 1);
+    *start = spot->addr & ~(around - 1);
     *end = *start + around;
 }
 
@@ -250,27 +262,58 @@ static void drain_inline(struct pm_mm *mm, uint64_t start, uint64_t end)
     }
 }
 
+/* Pages of one memory that come home at a touch: the invalidation that this is, and what drivers are told. */
+struct coming {
+    struct pm_inv inv;
+    struct pm_event event;
+};
+
+static void begin_coming(struct pm_mm *mm, const struct pm_devmem *vram, uint64_t start, uint64_t end,
+                         struct coming *coming)
+{
+    struct pm_event *event = &coming->event;
+
+    *coming = (struct coming){0};
+    event->start = start;
+    event->end = end;
+    event->type = vram->exclusive ? PM_EXCLUSIVE : PM_MIGRATE;
+    event->guarantee = PM_BEFORE;
+    event->owner = vram->owner;
+    event->flags = PM_EV_FAULT;
+    event->seq = pm_inv_open(mm, &coming->inv, start, end - 1, (int)event->type, PM_BEFORE);
+    event->when_ns = coming->inv.since_ns;
+}
+
+static void end_coming(struct pm_mm *mm, struct coming *coming)
+{
+    pm_inv_close(mm, &coming->inv);
+    mm->stats.events[coming->event.type]++;
+    pm_queue_push(mm, &coming->event);
+}
+
 /* The pages of [start, end) that are in one memory come home, and drivers are told. */
 static int64_t home_of(struct pm_mm *mm, const struct pm_devmem *vram, uint64_t start, uint64_t end)
 {
-    struct pm_event event = {
-        .start = start,
-        .end = end,
-        .type = vram->exclusive ? PM_EXCLUSIVE : PM_MIGRATE,
-        .guarantee = PM_BEFORE,
-        .owner = vram->owner,
-        .flags = PM_EV_FAULT,
-    };
-    struct pm_inv inv = {0};
+    struct coming coming;
     int64_t got;
 
-    event.seq = pm_inv_open(mm, &inv, start, end - 1, (int)event.type, PM_BEFORE);
-    event.when_ns = inv.since_ns;
+    begin_coming(mm, vram, start, end, &coming);
     got = pm_home(mm, start, end, vram);
-    pm_inv_close(mm, &inv);
-    mm->stats.events[event.type]++;
-    pm_queue_push(mm, &event);
+    end_coming(mm, &coming);
     return got;
+}
+
+/* The same of one page: 0, or an errno. */
+static int home_page(struct pm_mm *mm, const struct pm_spot *spot)
+{
+    struct coming coming;
+    int64_t got;
+
+    begin_coming(mm, spot->vram, spot->addr, spot->addr + PM_PAGE_SIZE, &coming);
+    got = bring(mm, spot, PM_PAGE_SIZE);
+    end_coming(mm, &coming);
+    mm->devices->stats.faults += got > 0;
+    return got < 0 ? (int)got : 0;
 }
 
 int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end)
@@ -347,9 +390,9 @@ static uint64_t resident(struct pm_mm *mm, uint64_t addr)
 }
 
 /* Has the page to stay for now? Its toucher waits, unless there are too many of them. */
-static bool defer(struct pm_mm *mm, uint64_t addr, uint64_t slot)
+static bool defer(struct pm_mm *mm, const struct pm_spot *spot)
 {
-    uint64_t until = pm_devmem_until(mm->devices, slot);
+    uint64_t until = spot->vram->timeslice_ns ? spot->block->until_ns : 0;
 
     if (!until || until <= pm_now_ns())
         return false;
@@ -357,42 +400,46 @@ static bool defer(struct pm_mm *mm, uint64_t addr, uint64_t slot)
         return true;
     if (mm->ndeferred == PM_DEFERRED_MAX)
         return false;
-    mm->deferred[mm->ndeferred++] = (struct pm_deferred){addr, until};
+    mm->deferred[mm->ndeferred++] = (struct pm_deferred){spot->addr, until};
     return true;
 }
 
-static int serve(struct pm_mm *mm, uint64_t addr, uint64_t slot)
+static int serve(struct pm_mm *mm, const struct pm_spot *spot)
 {
-    uint64_t start = addr, end = addr + PM_PAGE_SIZE;
-    bool there = slot, fill = !there;
+    uint64_t start = spot->addr, end = start + PM_PAGE_SIZE;
+    bool there = spot->word, fill = !there;
     int64_t err = 0;
 
     if (there) {
-        span_around(mm, addr, slot, &start, &end);
+        span_around(mm, spot, &start, &end);
         mm->devices->met_holes = false;
-        err = pm_home_told(mm, start, end);
-        there = resident(mm, addr);
+        /* To wait for writes the lock is let go, and the spot may then be another. */
+        if (end - start == PM_PAGE_SIZE && !(mm->inline_faults && mm->inflight)) {
+            err = home_page(mm, spot);
+            there = err < 0;
+        } else {
+            err = pm_home_told(mm, start, end);
+            there = resident(mm, spot->addr);
+        }
         fill = !there && mm->devices->met_holes;
     }
     if (fill)
-        err = fill_hole(mm, addr);
+        err = fill_hole(mm, spot->addr);
     /* Whatever did not work is tried again when the thread faults again; what did has woken it. */
     if (!mm->inline_faults && (there || err < 0))
         pm_wake(mm, start, end - start);
     return err < 0 ? (int)err : 0;
 }
 
-int pm_home_fault(struct pm_mm *mm, uint64_t addr)
+int pm_home_fault(struct pm_mm *mm, const struct pm_spot *spot)
 {
-    uint64_t slot = resident(mm, addr);
-
-    return slot && defer(mm, addr, slot) ? -EAGAIN : serve(mm, addr, slot);
+    return spot->word && defer(mm, spot) ? -EAGAIN : serve(mm, spot);
 }
 
 /* Not later than was told at first: others that come to the same 2 MiB have theirs to stay longer. */
-static bool is_due(struct pm_mm *mm, const struct pm_deferred *deferred)
+static bool is_due(const struct pm_deferred *deferred)
 {
-    return !resident(mm, deferred->addr) || deferred->until_ns <= pm_now_ns();
+    return deferred->until_ns <= pm_now_ns();
 }
 
 int pm_home_deferred_ms(struct pm_mm *mm)
@@ -404,7 +451,7 @@ int pm_home_deferred_ms(struct pm_mm *mm)
     now = pm_now_ns();
     pm_lock(mm);
     for (unsigned i = 0; i < mm->ndeferred; i++)
-        first = pm_min(first, is_due(mm, &mm->deferred[i]) ? 0 : mm->deferred[i].until_ns);
+        first = pm_min(first, resident(mm, mm->deferred[i].addr) ? mm->deferred[i].until_ns : 0);
     pm_unlock(mm);
     return first > now ? (int)pm_min(1000, (first - now) / 1000000 + 1) : 0;
 }
@@ -420,9 +467,10 @@ void pm_home_deferred(struct pm_mm *mm)
     mm->ndeferred = 0;
     for (unsigned i = 0; i < n; i++) {
         struct pm_deferred deferred = mm->deferred[i];
+        struct pm_spot spot = pm_spot_at(mm->devices, deferred.addr);
 
-        if (is_due(mm, &deferred))
-            serve(mm, deferred.addr, resident(mm, deferred.addr));
+        if (!spot.word || is_due(&deferred))
+            serve(mm, &spot);
         else
             mm->deferred[mm->ndeferred++] = deferred;
     }

@@ -83,13 +83,13 @@ static bool watches(const struct pm_mm *mm, uint64_t addr, const struct pm_vma *
 }
 
 /* With the device lock held. */
-static enum verdict bring_home(struct pm_mm *mm, uint64_t addr)
+static enum verdict bring_home(struct pm_mm *mm, const struct pm_spot *spot)
 {
-    int err = pm_home_fault(mm, addr);
+    int err = pm_home_fault(mm, spot);
 
     if (!err || err == -EEXIST)
         return SERVED;
-    if (resident(mm, addr) || err == -EAGAIN || err == -ENOMEM || err == -EINTR)
+    if (resident(mm, spot->addr) || err == -EAGAIN || err == -ENOMEM || err == -EINTR)
         return AGAIN;
     return NOT_OURS;
 }
@@ -101,13 +101,14 @@ static enum verdict bring_home(struct pm_mm *mm, uint64_t addr)
 static enum verdict serve_locked(struct pm_mm *mm, uint64_t addr)
 {
     enum verdict verdict = NOT_OURS;
+    struct pm_spot spot;
     struct pm_vma vma;
 
     if (mm->met_unread && pm_events_unread(mm))
         return AGAIN;
-    if ((resident(mm, addr) && pm_watch_lists(mm, addr)) ||
-        (fills(mm, addr, &vma) && watches(mm, addr, &vma)))
-        verdict = bring_home(mm, addr);
+    spot = pm_spot_at(mm->devices, addr);
+    if ((spot.word && pm_watch_lists(mm, addr)) || (fills(mm, addr, &vma) && watches(mm, addr, &vma)))
+        verdict = bring_home(mm, &spot);
     mm->met_unread = verdict == AGAIN;
     return verdict == NOT_OURS && pm_events_unread(mm) ? AGAIN : verdict;
 }

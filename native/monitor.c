@@ -214,6 +214,13 @@ static ssize_t read_with_room(struct pm_mm *mm, struct uffd_msg *msgs)
     return no_room(n) ? read_above_limit(mm, msgs) : n;
 }
 
+static void serve_fault(struct pm_mm *mm, const struct uffd_msg *msg)
+{
+    struct pm_spot spot = pm_spot_at(mm->devices, pm_page_down(msg->arg.pagefault.address));
+
+    pm_home_fault(mm, &spot);
+}
+
 static void read_messages(struct pm_mm *mm)
 {
     struct uffd_msg msgs[MESSAGES];
@@ -230,7 +237,7 @@ static void read_messages(struct pm_mm *mm)
     /* After the events, which say where pages belong. */
     for (ssize_t i = 0; i < n / (ssize_t)sizeof(msgs[0]); i++) {
         if (msgs[i].event == UFFD_EVENT_PAGEFAULT)
-            pm_home_fault(mm, pm_page_down(msgs[i].arg.pagefault.address));
+            serve_fault(mm, &msgs[i]);
     }
     pm_point(PM_POINT_MONITOR_AFTER_FENCE);
 }

@@ -151,22 +151,24 @@ uint64_t *pm_resident_whole(struct pm_devices *devices, uint64_t addr)
     return word && is_whole(*word) ? word : NULL;
 }
 
-uint64_t pm_resident_word(struct pm_devices *devices, uint64_t addr)
+uint64_t pm_resident_entry(struct pm_devices *devices, uint64_t addr, uint64_t **entry)
 {
     uint64_t *word = leaf_word(devices, addr, false);
 
+    *entry = NULL;
     if (!word || !*word)
         return 0;
     if (is_whole(*word))
         return *word + (addr & (PM_HUGE_SIZE - 1) & ~(uint64_t)(PM_PAGE_SIZE - 1));
-    return node_at(*word)[slot_of(addr, 0)];
+    *entry = &node_at(*word)[slot_of(addr, 0)];
+    return **entry;
 }
 
-uint64_t *pm_resident_own(struct pm_devices *devices, uint64_t addr)
+uint64_t pm_resident_word(struct pm_devices *devices, uint64_t addr)
 {
-    uint64_t *word = leaf_word(devices, addr, false);
+    uint64_t *entry;
 
-    return word && *word && !is_whole(*word) ? &node_at(*word)[slot_of(addr, 0)] : NULL;
+    return pm_resident_entry(devices, addr, &entry);
 }
 
 bool pm_resident_ready(struct pm_devices *devices, uint64_t addr)
