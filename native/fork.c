@@ -132,7 +132,7 @@ static void child_close(int fd)
 static void child_mm(struct pm_mm *mm)
 {
     child_close(mm->uffd);
-    child_close(mm->wake_fd);
+    child_close(mm->tick_fd);
     child_close(mm->spare_fd);
     child_close(mm->maps_fd);
     child_close(mm->pagemap_fd);

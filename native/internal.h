@@ -91,7 +91,7 @@ ssize_t pm_sys_pread(int fd, void *buf, size_t len, uint64_t offset);
 ssize_t pm_sys_pwrite(int fd, const void *buf, size_t len, uint64_t offset);
 int pm_sys_nofile(const struct rlimit *set, struct rlimit *old); /* counted as open */
 int pm_sys_ioctl(int fd, unsigned long request, void *arg);
-int pm_sys_poll(struct pollfd *fds, nfds_t n, uint64_t timeout_ns);
+int pm_sys_poll(struct pollfd *fds, nfds_t n, uint64_t timeout_ns); /* UINT64_MAX: none */
 int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret);
 int pm_sys_munmap(uint64_t addr, uint64_t len);
 int pm_sys_mprotect(uint64_t addr, uint64_t len, int prot);
@@ -102,7 +102,8 @@ int pm_sys_mremap(uint64_t addr, uint64_t old_len, uint64_t new_len, int flags, 
                   uint64_t *ret);
 int pm_sys_mincore(uint64_t addr, uint64_t len, unsigned char *vec);
 int pm_sys_userfaultfd(int flags);
-int pm_sys_eventfd(void);
+int pm_sys_timerfd(void); /* CLOCK_MONOTONIC */
+int pm_sys_timerfd_set(int fd, uint64_t first_ns, uint64_t every_ns);
 int pm_sys_memfd(const char *name); /* of this user alone */
 int pm_sys_seal(int fd, int seals); /* F_SEAL_*, for good; counted as memfd */
 int pm_sys_ftruncate(int fd, uint64_t len);
@@ -207,7 +208,7 @@ struct pm_mm {
     uint64_t disable;   /* features to do without */
     bool inline_faults; /* a CPU fault on device memory is a signal, see inline.c */
     bool met_unread;    /* ... and the last one met an event that was unread; under the device lock */
-    int maps_fd, pagemap_fd, uffd, wake_fd, spare_fd, status_fd;
+    int maps_fd, pagemap_fd, uffd, tick_fd, spare_fd, status_fd;
     struct pm_status *status;
 
     pthread_mutex_t lock; /* the device lock */

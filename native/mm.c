@@ -208,10 +208,10 @@ static int open_files(struct pm_mm *mm)
         if (mm->pagemap_fd < 0)
             return mm->pagemap_fd;
     }
-    mm->wake_fd = pm_sys_eventfd();
-    if (mm->wake_fd < 0)
-        return mm->wake_fd;
-    mm->spare_fd = pm_sys_eventfd();
+    mm->tick_fd = pm_sys_timerfd();
+    if (mm->tick_fd < 0)
+        return mm->tick_fd;
+    mm->spare_fd = pm_sys_timerfd();
     if (mm->spare_fd < 0)
         return mm->spare_fd;
     return pm_status_open(mm);
@@ -233,7 +233,7 @@ static void close_files(struct pm_mm *mm)
     close_fd(&mm->uffd);
     close_fd(&mm->maps_fd);
     close_fd(&mm->pagemap_fd);
-    close_fd(&mm->wake_fd);
+    close_fd(&mm->tick_fd);
     close_fd(&mm->spare_fd);
     close_fd(&mm->arena_fd);
     pm_alone_close(mm);
@@ -296,7 +296,7 @@ static void init_mm(struct pm_mm *mm, const struct pm_mm_options *opt)
     mm->disable = opt->disable;
     mm->inline_faults = opt->flags & PM_MM_INLINE;
     mm->queue_len = opt->queue_length ? opt->queue_length : PM_QUEUE_DEFAULT;
-    mm->maps_fd = mm->pagemap_fd = mm->uffd = mm->wake_fd = mm->spare_fd = mm->status_fd = -1;
+    mm->maps_fd = mm->pagemap_fd = mm->uffd = mm->tick_fd = mm->spare_fd = mm->status_fd = -1;
     mm->ring_fd = mm->stage_fd = mm->arena_fd = mm->ksm_fd = -1;
     atomic_init(&mm->refs, 1);
     atomic_init(&mm->seq, 2);

@@ -16,7 +16,7 @@
 
 enum { MESSAGES = 32, LINGER_MIN_NS = 100 * 1000, LINGER_MAX_NS = 10 * 1000 * 1000 };
 enum { STEP_NS = 1000 * 1000, QUIET_NS = 200 * 1000 };
-static const uint64_t drain_limit_ns = 100ULL * 1000 * 1000, idle_ns = 1000ULL * 1000 * 1000;
+static const uint64_t drain_limit_ns = 100ULL * 1000 * 1000, round_ns = 1000ULL * 1000 * 1000;
 
 static void set_state(struct pm_mm *mm, uint32_t state)
 {
@@ -310,18 +310,22 @@ static void end_lingering(struct pm_mm *mm)
 
 static void announce_start(struct pm_mm *mm)
 {
-    if (mm->status)
+    if (mm->status) {
         mm->status->monitor_tid = (uint32_t)pm_gettid();
+        mm->status->monitor_loop_ns = pm_now_ns();
+    }
+    set_state(mm, 1);
     pm_lock(mm);
     mm->monitor_running = true;
     pthread_cond_broadcast(&mm->idle);
     pm_unlock(mm);
 }
 
+/* No time-out, as a rule: it would be set up and taken down with each fault. */
 static uint64_t poll_ns(struct pm_mm *mm, uint64_t now)
 {
     int deferred = pm_home_deferred_ms(mm);
-    uint64_t wait = mm->nlinger ? STEP_NS : idle_ns;
+    uint64_t wait = mm->nlinger ? STEP_NS : UINT64_MAX;
 
     /* Longer when events have been coming for longer. */
     if (mm->held_ns)
@@ -336,27 +340,35 @@ static void tell(struct pm_mm *mm)
     pm_unlock(mm);
 }
 
+static void go_round(struct pm_mm *mm, bool tick)
+{
+    uint64_t ticks;
+
+    if (tick)
+        pm_sys_read(mm->tick_fd, &ticks, sizeof(ticks));
+    if (mm->status)
+        mm->status->monitor_loop_ns = pm_now_ns();
+}
+
 static void *monitor_main(void *arg)
 {
     struct pm_mm *mm = arg;
-    struct pollfd fds[2] = {{.fd = mm->uffd, .events = POLLIN}, {.fd = mm->wake_fd, .events = POLLIN}};
+    struct pollfd fds[2] = {{.fd = mm->uffd, .events = POLLIN}, {.fd = mm->tick_fd, .events = POLLIN}};
     uint64_t looked = 0;
 
     pm_thread_name("pymirror-mon");
     pm_all_blocked();
     announce_start(mm);
     while (!atomic_load(&mm->stop_monitor)) {
-        uint64_t now = pm_now_ns();
-        int n;
+        uint64_t now = mm->held_ns || mm->nlinger ? pm_now_ns() : 0;
+        int n = pm_sys_poll(fds, 2, poll_ns(mm, now));
 
-        if (mm->status)
-            mm->status->monitor_loop_ns = now;
-        set_state(mm, 1);
-        n = pm_sys_poll(fds, 2, poll_ns(mm, now));
         if (n < 0)
             nanosleep(&(struct timespec){.tv_nsec = 1000 * 1000}, NULL);
         if (n > 0 && (fds[0].revents & POLLIN))
             take_events(mm);
+        else
+            go_round(mm, fds[1].revents);
         if (mm->held_ns && (n == 0 || now >= mm->held_ns + PM_HELD_MAX_NS))
             tell(mm);
         if (mm->nlinger && (n == 0 || now >= looked + STEP_NS)) {
@@ -366,7 +378,7 @@ static void *monitor_main(void *arg)
         if (pm_home_deferred_ms(mm) == 0)
             pm_home_deferred(mm);
         if (mm->spare_fd < 0)
-            mm->spare_fd = pm_sys_eventfd();
+            mm->spare_fd = pm_sys_timerfd();
     }
     set_state(mm, 0);
     return NULL;
@@ -378,8 +390,10 @@ static void *monitor_main(void *arg)
  */
 int pm_monitor_start(struct pm_mm *mm)
 {
-    int err = pm_sys_thread(&mm->monitor, monitor_main, mm);
+    int err = pm_sys_timerfd_set(mm->tick_fd, round_ns, round_ns);
 
+    if (!err)
+        err = pm_sys_thread(&mm->monitor, monitor_main, mm);
     if (err)
         return err;
     pm_lock(mm);
@@ -391,12 +405,10 @@ int pm_monitor_start(struct pm_mm *mm)
 
 void pm_monitor_stop(struct pm_mm *mm)
 {
-    uint64_t one = 1;
-
     if (!mm->monitor_running)
         return;
     atomic_store(&mm->stop_monitor, true);
-    pm_sys_write(mm->wake_fd, &one, sizeof(one));
+    pm_sys_timerfd_set(mm->tick_fd, 1, round_ns);
     pthread_join(mm->monitor, NULL);
     mm->monitor_running = false;
 }

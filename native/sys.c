@@ -7,12 +7,12 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -99,6 +99,11 @@ static inline long result(long ret)
     return ret < 0 ? -errno : ret;
 }
 
+static struct timespec timespec_of(uint64_t ns)
+{
+    return (struct timespec){.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+}
+
 int pm_sys_open(const char *path, int flags)
 {
     int err = enter(PM_SYS_OPEN);
@@ -159,10 +164,10 @@ int pm_sys_ioctl(int fd, unsigned long request, void *arg)
 
 int pm_sys_poll(struct pollfd *fds, nfds_t n, uint64_t timeout_ns)
 {
-    struct timespec timeout = {(time_t)(timeout_ns / 1000000000), (long)(timeout_ns % 1000000000)};
+    struct timespec timeout = timespec_of(timeout_ns);
     int err = enter(PM_SYS_POLL);
 
-    return err ? err : (int)result(ppoll(fds, n, &timeout, NULL));
+    return err ? err : (int)result(ppoll(fds, n, timeout_ns == UINT64_MAX ? NULL : &timeout, NULL));
 }
 
 int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret)
@@ -243,11 +248,19 @@ int pm_sys_userfaultfd(int flags)
     return err ? err : (int)result(syscall(SYS_userfaultfd, flags | O_CLOEXEC));
 }
 
-int pm_sys_eventfd(void)
+int pm_sys_timerfd(void)
 {
-    int err = enter(PM_SYS_EVENTFD);
+    int err = enter(PM_SYS_TIMERFD);
 
-    return err ? err : (int)result(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    return err ? err : (int)result(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+}
+
+int pm_sys_timerfd_set(int fd, uint64_t first_ns, uint64_t every_ns)
+{
+    struct itimerspec times = {.it_value = timespec_of(first_ns), .it_interval = timespec_of(every_ns)};
+    int err = enter(PM_SYS_TIMERFD);
+
+    return err ? err : (int)result(timerfd_settime(fd, 0, &times, NULL));
 }
 
 int pm_sys_memfd(const char *name)

@@ -38,7 +38,7 @@ ERRORS = {
     "MADVISE": [errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO],
     "MREMAP": [errno.ENOMEM, errno.EAGAIN],
     "USERFAULTFD": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
-    "EVENTFD": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
+    "TIMERFD": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
     "MEMFD": [errno.EMFILE, errno.ENFILE, errno.ENOMEM],
     "FTRUNCATE": [errno.EINTR, errno.EIO],
     "VM_READV": [errno.EINTR, errno.ENOMEM],
