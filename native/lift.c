@@ -19,6 +19,7 @@
 #include "alone.h"
 #include "devmem.h"
 
+enum { AGAIN_LIMIT = 64 };
 static const int lift_flags = MREMAP_MAYMOVE | MREMAP_FIXED | PM_ABI_MREMAP_DONTUNMAP;
 
 bool pm_lifting(const struct pm_mm *mm, uint64_t slot, uint64_t n)
@@ -67,22 +68,35 @@ static bool is_copied(const struct pm_mm *mm, uint64_t entry)
     return (entry & PM_ABI_PAGEMAP_PRESENT) && !(zero && (entry & PM_ABI_PAGEMAP_PFN_MASK) == zero);
 }
 
+/* EAGAIN: the page table has just gone, with the last page that the monitor has emptied a slot of. */
+static int copy_run(struct pm_mm *mm, uint64_t to, uint64_t from, uint64_t len)
+{
+    for (int again = 0; len && again < AGAIN_LIMIT; again++) {
+        struct uffdio_copy copy = {.dst = to, .src = from, .len = len};
+        int err = pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
+        uint64_t done = !err ? len : copy.copy > 0 ? (uint64_t)copy.copy : 0;
+
+        if (err && err != -EAGAIN && !done)
+            return err;
+        to += done;
+        from += done;
+        len -= done;
+    }
+    return len ? -EBUSY : 0;
+}
+
 /* The pages that are there, now that nobody can change them. */
 static int copy_pages(struct pm_mm *mm, uint64_t to, uint64_t from, uint64_t n)
 {
     uint64_t seen[PM_HUGE_PAGES];
     int err = pm_pagemap_read(mm, from, n, seen);
 
-    for (uint64_t i = 0, run; !err && i < n; i += run) {
-        struct uffdio_copy copy = {.dst = to + (i << PM_PAGE_SHIFT), .src = from + (i << PM_PAGE_SHIFT)};
+    for (uint64_t i = 0, run; !err && i < n; i += run ? run : 1) {
+        uint64_t at = i << PM_PAGE_SHIFT;
 
         for (run = 0; i + run < n && is_copied(mm, seen[i + run]);)
             run++;
-        copy.len = run << PM_PAGE_SHIFT;
-        if (run)
-            err = pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
-        else
-            run = 1;
+        err = copy_run(mm, to + at, from + at, run << PM_PAGE_SHIFT);
     }
     return err;
 }

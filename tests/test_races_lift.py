@@ -81,6 +81,21 @@ def test_what_is_discarded_meanwhile_is_in_no_slot(
     assert bytes(other) == bytes(other.size)
 
 
+def test_a_copy_that_is_put_off_is_no_page_that_stays(
+    mm: pm.AddressSpace, vram: pm.DeviceMemory, buf: pm.Region
+) -> None:
+    with points("LIFT") as there:
+        migration = Background(pm.migrate_to_device, mm, buf.addr, buf.addr + buf.size, vram)
+        there.wait()
+        foreign.madvise(buf.addr, buf.size, mmap.MADV_DONTNEED)
+        with inject("IOCTL", err=errno.EAGAIN, tid=migration.tid) as injection:
+            there.release()
+            migration.result()
+        assert injection.struck == 1
+    assert vram.used == 0
+    assert bytes(buf) == bytes(buf.size)
+
+
 @pytest.mark.parametrize("err", [0, errno.ENOMEM])
 def test_what_moves_meanwhile(mm: pm.AddressSpace, vram: pm.DeviceMemory, buf: pm.Region, err: int) -> None:
     to = mm.mmap(PAGES * PAGE)
