@@ -44,6 +44,7 @@ static void open_piece(struct pm_mm *mm, enum pm_event_type type, uint64_t start
     event.seq = pm_inv_open(mm, inv, start, pm_last(end), (int)type, PM_BEFORE);
     event.when_ns = inv->since_ns;
     pm_queue_push(mm, &event);
+    pm_status_update(mm);
 }
 
 /* Without the kernel's message nobody could copy: all comes home, and its drivers know of no other reason. */

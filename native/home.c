@@ -357,6 +357,7 @@ void pm_home_touch(struct pm_mm *mm, uint64_t start, uint64_t end)
 
         pm_lock(mm);
         got = touch_step(mm, &start, end);
+        pm_status_update(mm);
         pm_unlock(mm);
         /* What cannot come now, a fault will bring, or tell of. */
         if (got < 0 && (got != -EAGAIN || pm_now_ns() > until))

@@ -122,6 +122,7 @@ static enum verdict serve(struct pm_mm *mm, uint64_t addr)
     pthread_mutex_lock(&mm->lock);
     pm_status_lock(mm, true);
     verdict = serve_locked(mm, addr);
+    pm_status_update(mm);
     pm_status_lock(mm, false);
     pthread_mutex_unlock(&mm->lock);
     return verdict;
@@ -226,6 +227,7 @@ static int64_t make_present_quiet(struct pm_mm *mm, uint64_t start, uint64_t end
     for (;;) {
         pm_lock(mm);
         got = make_present(mm, start, end);
+        pm_status_update(mm);
         pm_unlock(mm);
         if (got != -EAGAIN || pm_now_ns() > until)
             return got > 0 ? got : 0;

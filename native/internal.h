@@ -391,6 +391,8 @@ void pm_status_close(struct pm_mm *mm);
 void pm_status_update(struct pm_mm *mm);
 void pm_status_lock(struct pm_mm *mm, bool held); /* this thread has taken or is leaving the device lock */
 uint32_t pm_status_tid(const struct pm_mm *mm);   /* of this thread, which holds the device lock */
+uint64_t pm_status_since(const struct pm_mm *mm); /* ... since then, CLOCK_MONOTONIC: near enough to now */
+void pm_status_queue(struct pm_mm *mm);           /* of pm_status_update(), what the queue has changed */
 void pm_status_watched(struct pm_mm *mm);
 void pm_status_inflight(struct pm_mm *mm);
 void pm_status_dispatch(struct pm_mm *mm, uint32_t state); /* of this thread, which takes events */

@@ -16,11 +16,17 @@
 enum { WAIT_SLICE_NS = 50 * 1000 * 1000 };
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
 
+/* What only who holds the device lock changes, and others read: no bus lock is needed for it. */
+static void publish(atomic_uint_least64_t *at, uint64_t value)
+{
+    atomic_store_explicit(at, value, memory_order_release);
+}
+
 static bool stamp_sub(struct pm_inode *node, void *arg)
 {
     struct pm_sub *sub = (struct pm_sub *)node;
 
-    atomic_store(&sub->seq, *(uint64_t *)arg);
+    publish(&sub->seq, *(uint64_t *)arg);
     return true;
 }
 
@@ -41,15 +47,15 @@ uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint6
     inv->event = event;
     inv->guarantee = guarantee;
     inv->seq = seq;
-    inv->since_ns = pm_now_ns();
+    inv->since_ns = pm_status_since(mm);
     inv->tid = pm_status_tid(mm);
     inv->next = mm->invs;
     mm->invs = inv;
     /* Before the stamps: a reader that meets the new stamp must also see that an invalidation runs. */
-    atomic_fetch_add(&mm->active, 1);
-    atomic_store(&mm->seq, seq);
+    publish(&mm->active, atomic_load(&mm->active) + 1);
+    publish(&mm->seq, seq);
     if (is_whole(start, last))
-        atomic_store(&mm->all_seq, seq);
+        publish(&mm->all_seq, seq);
     else
         pm_itree_visit(mm->subs, start, last, stamp_sub, &seq);
     pm_alone_forget(mm, start, last);
@@ -70,8 +76,8 @@ void pm_inv_close(struct pm_mm *mm, struct pm_inv *inv)
         link = &(*link)->next;
     *link = inv->next;
     if (!mm->invs)
-        atomic_fetch_add(&mm->seq, 1);
-    atomic_fetch_sub(&mm->active, 1);
+        publish(&mm->seq, atomic_load(&mm->seq) + 1);
+    publish(&mm->active, atomic_load(&mm->active) - 1);
     pthread_cond_broadcast(&mm->idle);
 }
 

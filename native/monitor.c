@@ -253,12 +253,15 @@ static void take_events(struct pm_mm *mm)
     if (mm->inflight)
         pm_drain_writes(mm, 0, UINT64_MAX, pm_now_ns() + drain_limit_ns);
     set_state(mm, 3);
-    atomic_store(&mm->reading, true);
+    /* Seen by who has returned from the call behind an event: the kernel orders it with the read. */
+    atomic_store_explicit(&mm->reading, true, memory_order_release);
     read_messages(mm);
-    atomic_store(&mm->reading, false);
+    atomic_store_explicit(&mm->reading, false, memory_order_release);
     protect = mm->protect_after_fork;
     mm->protect_after_fork = false;
     pm_status_update(mm);
+    if (mm->status)
+        mm->status->monitor_loop_ns = pm_status_since(mm);
     set_state(mm, 1);
     pm_unlock(mm);
     if (protect)

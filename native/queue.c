@@ -33,7 +33,7 @@ static void publish(struct pm_mm *mm)
 {
     mm->stats.queue_depth = mm->queue_count + (mm->overflowed ? 1 : 0);
     mm->stats.oldest_event_ns = oldest_event(mm);
-    pm_status_update(mm);
+    pm_status_queue(mm);
 }
 
 static void overflow(struct pm_mm *mm, const struct pm_event *event)

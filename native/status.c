@@ -79,6 +79,11 @@ uint32_t pm_status_tid(const struct pm_mm *mm)
     return mm->status ? mm->status->lock_tid : 0;
 }
 
+uint64_t pm_status_since(const struct pm_mm *mm)
+{
+    return mm->status ? mm->status->lock_since_ns : pm_now_ns();
+}
+
 void pm_thread_name(const char *name)
 {
     pm_sys_name_thread(name);
@@ -152,18 +157,27 @@ static uint64_t table_entries(const struct pm_mm *mm)
     return n;
 }
 
+void pm_status_queue(struct pm_mm *mm)
+{
+    struct pm_status *status = mm->status;
+
+    if (!status)
+        return;
+    status->queue_depth = mm->stats.queue_depth;
+    status->oldest_event_ns = mm->stats.oldest_event_ns;
+    status->callback_since_ns = mm->delivering ? mm->delivering_ns : 0;
+    status->queue_overflows = mm->stats.queue_overflows;
+}
+
 void pm_status_update(struct pm_mm *mm)
 {
     struct pm_status *status = mm->status;
 
     if (!status)
         return;
+    pm_status_queue(mm);
     status->seq = atomic_load(&mm->seq);
     status->active = atomic_load(&mm->active);
-    status->queue_depth = mm->stats.queue_depth;
-    status->oldest_event_ns = mm->stats.oldest_event_ns;
-    status->callback_since_ns = mm->delivering ? mm->delivering_ns : 0;
-    status->queue_overflows = mm->stats.queue_overflows;
     status->subs = mm->nsubs;
     status->table_entries = table_entries(mm);
     memcpy(status->events, mm->stats.events, sizeof(status->events));
