@@ -45,8 +45,9 @@ with pm.AddressSpace(fault_delivery="inline") as mm, pm.DeviceMemory(dev, 16 * P
         driver.migrate(buf.addr, buf.addr + buf.size)
         print(f"  on the device: {vram.holds(buf.addr, buf.addr + buf.size).astype(int)}")
         print("The CPU touches one:")
-        print(f"  it reads {data[3 * PAGE]}")
+        read = data[3 * PAGE]
         mm.sync()  # callbacks for a CPU fault come after it, entries were fenced before
+        print(f"  it reads {read}")
         print(f"  on the device: {vram.holds(buf.addr, buf.addr + buf.size).astype(int)}")
         print("The device's memory is wanted for something else:")
         driver.evict()
