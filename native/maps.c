@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "maps.h"
@@ -45,12 +46,15 @@ static int next_line(struct lines *in, char *line, size_t size)
             if (err)
                 return err;
         }
-        char c = in->buf[in->pos++];
+        const char *from = in->buf + in->pos, *end = memchr(from, '\n', in->len - in->pos);
+        size_t got = end ? (size_t)(end - from) : in->len - in->pos;
+        size_t fits = got < size - 1 - n ? got : size - 1 - n;
 
-        if (c == '\n')
+        memcpy(line + n, from, fits);
+        n += fits;
+        in->pos += got + (end != NULL);
+        if (end)
             break;
-        if (n + 1 < size)
-            line[n++] = c;
     }
     line[n] = 0;
     return 0;
@@ -77,6 +81,15 @@ bool pm_maps_parse(const char *line, struct pm_vma *ret)
     return true;
 }
 
+/* A line of a vma that ends beyond addr. All those before it are read too, and this is less than a parse. */
+static bool ends_beyond(const char *line, uint64_t addr)
+{
+    char *at;
+
+    strtoull(line, &at, 16);
+    return at > line && *at == '-' && strtoull(at + 1, NULL, 16) > addr;
+}
+
 static int find_header(struct lines *in, uint64_t addr, struct pm_vma *ret)
 {
     char line[sizeof(ret->name) + 128];
@@ -84,7 +97,7 @@ static int find_header(struct lines *in, uint64_t addr, struct pm_vma *ret)
 
     do
         err = next_line(in, line, sizeof(line));
-    while (!err && (!pm_maps_parse(line, ret) || ret->end <= addr));
+    while (!err && (!ends_beyond(line, addr) || !pm_maps_parse(line, ret)));
     /* The gate page is listed, but is in no mm. */
     if (!err && strcmp(ret->name, "[vsyscall]") == 0)
         return -ENOENT;
@@ -123,9 +136,12 @@ static int find_page_size(struct pm_vma *vma)
     return err == -ENOENT ? 0 : err;
 }
 
+/* MADV_COLD refuses hugetlb memory, is but a hint elsewhere, and costs less than smaps. Kernels before 5.4
+ * refuse it for all. */
 static bool may_be_hugetlb(const struct pm_vma *vma)
 {
-    return vma->inode && vma->dev_major == 0 && (vma->start | vma->end) % PM_HUGE_SIZE == 0;
+    return vma->inode && vma->dev_major == 0 && (vma->start | vma->end) % PM_HUGE_SIZE == 0 &&
+           pm_sys_madvise(vma->start, PM_PAGE_SIZE, PM_ABI_MADV_COLD) == -EINVAL;
 }
 
 int pm_maps_find(uint64_t addr, struct pm_vma *ret)
