@@ -17,6 +17,16 @@ from .system import Privileges, sysctl
 AREA = "features"
 _NODE = "/dev/userfaultfd"
 _REFUSED = (errno.EPERM, errno.EACCES)
+#: What EPERM means. The system call has a userfaultfd for everybody, but one that only user mode faults in.
+_BY_CAPABILITY = {"pfn": "sys_admin", "event_fork": "sys_ptrace"}
+_BY_FILTER = {
+    "uffd": "userfaultfd()",
+    "wp_async": "ioctl()",
+    "move": "ioctl()",
+    "process_vm": "process_vm_readv() and process_vm_writev()",
+    "populate": "madvise()",
+    "io_uring": "io_uring_setup(), io_uring_register() and io_uring_enter()",
+}
 _UFFD_SYSCTL = "sudo sysctl -w vm.unprivileged_userfaultfd=1"
 
 
@@ -106,7 +116,7 @@ def _why(missing: Missing, found: Features, who: Privileges) -> str:
     if missing.feature in found.disabled or missing.errno not in _REFUSED:
         return missing.reason
     more = list(_reasons(_root_of(missing.feature, found), who))
-    if who.seccomp:
+    if who.seccomp and missing.feature != "pfn":
         more.append("a seccomp filter is on and may be what refuses")
     return "; ".join([missing.reason, *more])
 
@@ -136,7 +146,10 @@ def _reasons(name: str, who: Privileges) -> Iterator[str]:
 def _held(name: str, who: Privileges) -> str:
     if who.user_namespace and name in (who.capabilities or ()):
         return f"CAP_{name.upper()} is held, but in this user namespace only"
-    return f"CAP_{name.upper()} is {'held' if who.has(name) else 'not held'}"
+    if who.has(name):
+        return f"CAP_{name.upper()} is held"
+    beyond = "" if who.can_get(name) else ", nor in the bounding set: nothing in here gives it"
+    return f"CAP_{name.upper()} is not held{beyond}"
 
 
 def _command(missing: Missing, found: Features, who: Privileges) -> str:
@@ -144,12 +157,24 @@ def _command(missing: Missing, found: Features, who: Privileges) -> str:
     if missing.feature in found.disabled or missing.errno not in _REFUSED:
         return missing.command
     root = _root_of(missing.feature, found)
-    if who.user_namespace and root in ("pfn", "event_fork"):
+    if who.user_namespace and root in _BY_CAPABILITY:
         return "sudo docker run --privileged ...   # or as root, outside of every user namespace"
+    if root in _BY_CAPABILITY and not who.can_get(_BY_CAPABILITY[root]):
+        return _start_container(who)
     if root in ("uffd", "uffd_kernel") and not os.path.exists(_NODE):
         return _UFFD_SYSCTL
-    if root == "io_uring" and sysctl("kernel.io_uring_disabled") == 1:
+    switch = sysctl("kernel.io_uring_disabled") if root == "io_uring" else 0
+    if switch == 1:
         return "sudo sysctl -w kernel.io_uring_group=$(id -g)   # or kernel.io_uring_disabled=0"
-    if root in ("uffd", "io_uring") and who.seccomp and who.has("sys_ptrace") and who.has("sys_admin"):
-        return "docker run --security-opt seccomp=unconfined ...   # or a profile that allows it"
+    if root in _BY_FILTER and who.seccomp and not switch:
+        return (
+            f"docker run --security-opt seccomp=unconfined ...   # or allow {_BY_FILTER[root]} in its profile"
+        )
     return missing.command
+
+
+def _start_container(who: Privileges) -> str:
+    """One command for all that this one was started without."""
+    lacking = [name for name in _BY_CAPABILITY.values() if not who.can_get(name)]
+    options = " ".join(f"--cap-add={name.upper()}" for name in lacking)
+    return f"docker run {options} ...   # or the like of what started this without"

@@ -16,9 +16,9 @@ from .system import Privileges, sysctl
 #: Built in, and what goes without it.
 _CONFIG = {
     "CONFIG_USERFAULTFD": "foreign changes are not told",
-    "CONFIG_PTE_MARKER_UFFD_WP": "memory is not watched",
+    "CONFIG_PTE_MARKER_UFFD_WP": "files on disk are not watched",
     "CONFIG_PROC_PAGE_MONITOR": "ranges cannot be looked at or faulted",
-    "CONFIG_CROSS_MEMORY_ATTACH": "a device cannot reach private memory",
+    "CONFIG_CROSS_MEMORY_ATTACH": "a device cannot read or write memory",
     "CONFIG_IO_URING": "pages cannot be pinned",
     "CONFIG_TRANSPARENT_HUGEPAGE": 'no huge="thp"',
     "CONFIG_HUGETLBFS": 'no huge="hugetlb"',

@@ -58,7 +58,8 @@ CAPABILITIES = (
 class Privileges:
     """Of this process. ``capabilities`` are the effective ones, None where /proc does not tell.
 
-    In a ``user_namespace`` of its own (a rootless container) they count for what belongs to it only.
+    In a ``user_namespace`` of its own (a rootless container) they count for what belongs to it only. What is
+    not in the ``bounding`` set nothing gives to this process or its children: a container's root, for one.
     """
 
     uid: int
@@ -66,17 +67,19 @@ class Privileges:
     no_new_privs: bool
     seccomp: bool
     user_namespace: bool
+    bounding: frozenset[str] | None = None
 
     @classmethod
     def own(cls) -> Privileges:
         status = fields(read("/proc/self/status") or "")
-        held = status.get("CapEff")
+        held, bounding = status.get("CapEff"), status.get("CapBnd")
         return cls(
             uid=os.geteuid(),
             capabilities=None if held is None else frozenset(_names(int(held, 16))),
             no_new_privs=status.get("NoNewPrivs") == "1",
             seccomp=status.get("Seccomp") == "2",
             user_namespace=_in_user_namespace(),
+            bounding=None if bounding is None else frozenset(_names(int(bounding, 16))),
         )
 
     def has(self, name: str) -> bool:
@@ -84,6 +87,9 @@ class Privileges:
         if self.user_namespace:
             return False
         return self.uid == 0 if self.capabilities is None else name in self.capabilities
+
+    def can_get(self, name: str) -> bool:
+        return self.bounding is None or name in self.bounding
 
 
 def _in_user_namespace() -> bool:
