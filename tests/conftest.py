@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import tally
 from leaks import Holdings, armed_seams, left_behind
+from seams import NOT_HERE, needs, switched_off
 
 import pymirror as pm
 from pymirror.features import DISABLE_VARIABLE
@@ -32,7 +33,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 TESTS = Path(__file__).parent
 REQUIRE_ALL = os.environ.get("PYMIRROR_REQUIRE_ALL") == "1"
-NOT_HERE = "not on this kernel"
 MAY_REFUSE = {
     "uffd",
     "uffd_kernel",
@@ -45,7 +45,7 @@ MAY_REFUSE = {
     "io_uring",
 }
 _CUT_SHORT = pytest.StashKey[bool]()
-SWITCHED_OFF = MAY_REFUSE & set(os.environ.get(DISABLE_VARIABLE, "").split(","))
+SWITCHED_OFF = MAY_REFUSE & set(switched_off())
 CAP_SYS_ADMIN = 21
 HUGE_PAGES = 64
 
@@ -85,6 +85,8 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root") and not has_capability(CAP_SYS_ADMIN):
         pytest.skip("needs root (CAP_SYS_ADMIN)")
+    for marker in item.iter_markers("needs"):
+        needs(*marker.args)
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -158,6 +160,12 @@ def mm(nothing_left_behind: None) -> Iterator[pm.AddressSpace]:
 
 
 @pytest.fixture
+def nothing_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYMIRROR_DISABLE is not set: for a test of what is said of this machine."""
+    monkeypatch.delenv(DISABLE_VARIABLE, raising=False)
+
+
+@pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Path:
     """The folder of recordings, see its README."""
     folder: Path = request.config.getoption("--golden")
@@ -171,3 +179,13 @@ def hugepages() -> Iterator[None]:
         if why_not:
             pytest.skip(why_not)
         yield
+
+
+@pytest.fixture
+def node_of_others(tmp_path: Path) -> str:
+    """A second device node of the userfaultfd, for root only, to be put in the first one's place."""
+    if not os.path.exists("/dev/userfaultfd"):
+        pytest.skip(f"{NOT_HERE}: /dev/userfaultfd")
+    node = tmp_path / "userfaultfd"
+    os.mknod(node, 0o020600, os.stat("/dev/userfaultfd").st_rdev)
+    return str(node)

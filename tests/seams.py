@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 import pytest
 
 from pymirror._shim import lib
-from pymirror.features import probe
+from pymirror.errors import FeatureError
+from pymirror.features import DISABLE_VARIABLE, probe
 
 T = TypeVar("T")
 
@@ -32,6 +33,19 @@ def needs(*features: str) -> None:
         why = found.missing(name)
         where = NOT_HERE if found.why.get(name, 0) in _ABSENT else "not for this user"
         pytest.skip(f"{where}: {name} ({why.reason})")
+
+
+def switched_off() -> list[str]:
+    """Features that PYMIRROR_DISABLE names."""
+    return [name for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name]
+
+
+_OFF_FOR_ALL = frozenset(switched_off())
+
+
+def needs_all() -> None:
+    """Leave the test out where a feature is switched off: what it compares with was made with all of them."""
+    needs(*switched_off())
 
 
 class Injection:
@@ -165,12 +179,28 @@ foreign = Foreign()
 
 
 def errno_of(fn: Callable[..., object], *args: Any, **kwargs: Any) -> int:
-    """The errno of the OSError that a call raises, 0 if it raises none."""
+    """The errno of the OSError that a call raises, 0 if it raises none.
+
+    A refusal for the want of what PYMIRROR_DISABLE switches off is passed on: it is no test's subject.
+    """
     try:
         fn(*args, **kwargs)
     except OSError as error:
+        if isinstance(error, FeatureError) and error.feature in _OFF_FOR_ALL:
+            raise
         return error.errno or 0
     return 0
 
 
-__all__ = ["Background", "Injection", "Point", "errno_of", "foreign", "inject", "needs", "points"]
+__all__ = [
+    "Background",
+    "Injection",
+    "Point",
+    "errno_of",
+    "foreign",
+    "inject",
+    "needs",
+    "needs_all",
+    "points",
+    "switched_off",
+]

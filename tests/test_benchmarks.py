@@ -26,6 +26,12 @@ from pymirror.cli.main import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_USAGE, m
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = sorted(path.stem for path in floors.SOURCES.glob("*.c"))
 
+#: What the benchmarks whose names begin so are about.
+NEEDS = {
+    ("fault-back", "migrate"): ("uffd_kernel", "uffd_events", "sigbus", "move", "pagemap"),
+    ("gup-dma", "dma-read", "pin"): ("io_uring", "pagemap"),
+}
+
 cases.load()
 
 
@@ -39,8 +45,9 @@ def results(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, ob
 def test_a_benchmark_runs_and_gives_sane_figures(
     name: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    if name.startswith(("fault-back", "migrate")):
-        needs("uffd_kernel", "move")
+    for prefixes, features in NEEDS.items():
+        if name.startswith(prefixes):
+            needs(*features)
     if "hugetlb" in name:
         request.getfixturevalue("hugepages")
     (result,) = results(capsys, name)
@@ -141,6 +148,7 @@ def test_the_ratio_lies_in_its_spread(rounds: int) -> None:
 
 
 def test_the_alternatives_of_fault_warm_find_the_same_pfns() -> None:
+    needs("pfn")
     with pm.AddressSpace() as mm, pm.Mirror(mm) as mirror:
         memory = small_pages(mm, 64 * PAGE)
         memory.bytes[:: 2 * PAGE] = 1

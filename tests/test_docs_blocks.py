@@ -14,7 +14,7 @@ import docpages
 import pytest
 from conftest import CAP_SYS_ADMIN, has_capability
 from docpages import PAGES, ROOT, Block, Command
-from seams import needs
+from seams import needs, needs_all, switched_off
 
 from pymirror.features import probe
 
@@ -42,7 +42,9 @@ ELSEWHERE = {
 #: Features that a page's programs are about.
 PAGE_NEEDS = {
     "device-memory.md": ("uffd_kernel", "uffd_events", "move", "pagemap"),
+    "dma.md": ("pagemap", "io_uring"),
     "drivers.md": ("uffd_kernel", "uffd_events", "move", "pagemap"),
+    "pinning.md": ("pagemap", "io_uring"),
 }
 KINDS = {"python", "text", "c", "drawing", "shell"}
 #: Prepended to the statements of a C block; they run with memory that is mirrored, at `addr`, `len`.
@@ -115,7 +117,7 @@ def test_python(page: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     printed = json.loads(done.stdout)
-    if not may_compare():
+    if not may_compare() or switched_off():
         return
     for block, shown in docpages.expected_outputs(page):
         docpages.assert_shows(shown.splitlines(), printed[str(block.line)])
@@ -131,6 +133,8 @@ def test_a_command(block: Block, command: Command, request: pytest.FixtureReques
         assert f"def {function}(" in text
         assert f'shown_after("{command.command}")' in text
         return
+    if command.shown or "bench" in command.command:
+        needs_all()
     if command.shown and not may_compare():
         pytest.skip("what is shown is what root sees")
     if "bench" in command.command and os.geteuid() != 0:

@@ -13,7 +13,6 @@ from test_inspect import RUN as INSPECT
 from test_inspect import target
 
 from pymirror.cli.inspect import InspectCommand
-from pymirror.features import probe
 from pymirror.inspection import diagnosis
 
 PAGE = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
@@ -50,9 +49,8 @@ def assert_shows(shown: list[str], printed: str) -> None:
 
 @pytest.mark.root
 @pytest.mark.hugetlb
+@pytest.mark.usefixtures("nothing_switched_off")
 def test_doctor_as_an_ordinary_user() -> None:
-    if "pfn" not in probe():
-        pytest.skip("PFNs are switched off")
     command = confined.command({"user": 65534, "limits": {"MEMLOCK": 8 << 20}}, sys.executable)
     done = subprocess.run(
         [*command, "-m", "pymirror.cli", "doctor"], capture_output=True, text=True, timeout=50

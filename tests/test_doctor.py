@@ -27,6 +27,8 @@ from pymirror.doctor import Report, Status, examine, kernel
 from pymirror.doctor.system import Privileges
 from pymirror.features import DISABLE_VARIABLE, FEATURES, probe
 
+pytestmark = pytest.mark.usefixtures("nothing_switched_off")
+
 NAMES = [feature.name for feature in FEATURES]
 RUN = (sys.executable, "-m", "pymirror.cli", "doctor")
 NOBODY = 65534
@@ -197,16 +199,6 @@ def test_capabilities_in_a_user_namespace_do_not_count() -> None:
     assert "in this user namespace only" in check(report, "pfn")["why"]
     assert "outside of every user namespace" in check(report, "pfn")["command"]
     assert check(report, "memlock")["data"]["pinnable_bytes"] is not None
-
-
-@pytest.fixture
-def node_of_others(tmp_path: Path) -> str:
-    """A second device node of the userfaultfd, for root only, to be put in the first one's place."""
-    if not os.path.exists("/dev/userfaultfd"):
-        pytest.skip("not on this kernel: /dev/userfaultfd")
-    node = tmp_path / "userfaultfd"
-    os.mknod(node, 0o020600, os.stat("/dev/userfaultfd").st_rdev)
-    return str(node)
 
 
 def grant_by_acl(path: str, uid: int) -> None:

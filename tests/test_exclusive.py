@@ -171,6 +171,7 @@ class TestExclusive:
             pm.hmm_range_fault(gpu.sub, buf.addr, buf.addr + PAGE, pfns, seq=seq)
             return pm.hmm_pfn_to_pfn(int(pfns[0]))
 
+        needs("pfn")
         before = pfn()
         assert before != 0
         with pm.make_device_exclusive(mm, buf.addr, gpu.dev):

@@ -40,6 +40,8 @@ def listed() -> dict[str, Known]:
 
 
 KNOWN = listed()
+#: Without these, permissions and where pages are differ in many more.
+WITH = ("uffd_kernel", "uffd_events", "wp_async", "move", "pagemap", "pfn")
 
 
 @cache
@@ -66,12 +68,14 @@ def test_errno_data_and_page_counts_are_equal_in_all(recording: Path) -> None:
 
 @pytest.mark.root
 def test_every_difference_is_listed_with_its_fields(recording: Path) -> None:
+    needs(*WITH)
     found = {one.scenario.id: one.fields for one in replayed(recording).different}
     assert found == {name: KNOWN[name].fields for name in found if name in KNOWN}
 
 
 @pytest.mark.root
 def test_how_many_differ(recording: Path) -> None:
+    needs(*WITH)
     results = replayed(recording).results
     sure = [one for one in results if one.scenario.kind in SURE]
     assert sum(bool(one.differing) for one in results) <= 0.05 * len(results)
@@ -80,6 +84,7 @@ def test_how_many_differ(recording: Path) -> None:
 
 @pytest.mark.root
 def test_the_raw_page_table_shows_what_is_called_the_hosts_own(recording: Path) -> None:
+    needs(*WITH)
     different = {one.scenario.id: one for one in replayed(recording).different}
     called = {name for name in different if name in KNOWN and KNOWN[name].reason in HOSTS_OWN}
     assert {name for name, one in different.items() if one.shown_by_page_table} == called
@@ -88,6 +93,7 @@ def test_the_raw_page_table_shows_what_is_called_the_hosts_own(recording: Path) 
 @pytest.mark.root
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_is_listed_differs_still(golden: Path, name: str) -> None:
+    needs(*WITH)
     scenario = scenario_of(golden, name)
     if scenario is None:
         pytest.skip(f"{NOT_HERE}: no scenario {name} in {golden}")

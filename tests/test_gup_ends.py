@@ -98,6 +98,7 @@ class TestTheEnd:
         assert reading.result() == content
 
 
+@pytest.mark.needs("io_uring")
 class TestRaces:
     def test_memory_exchanged_before_it_is_pinned_is_looked_at_anew(self, mm: pm.AddressSpace) -> None:
         """The pfns are of the pages that are pinned, though a foreign munmap came in between."""

@@ -66,6 +66,7 @@ def test_intervals_that_make_no_sense(mm: pm.AddressSpace, which: str) -> None:
     assert refused(mm, *INTERVALS[which](filled(mm, 2).addr)).errno == errno.EINVAL
 
 
+@pytest.mark.needs("io_uring")
 class TestMemory:
     def test_a_hole(self, mm: pm.AddressSpace) -> None:
         buf = filled(mm, 8)
@@ -218,6 +219,7 @@ with pm.AddressSpace() as mm:
 """
 
 
+@pytest.mark.needs("io_uring")
 class TestMemlock:
     def test_beyond_the_limit(self) -> None:
         """The limit counts all that a user has pinned: a few pages go to the ring itself."""
@@ -259,6 +261,7 @@ class TestFeature:
         with pm.AddressSpace() as mm:
             assert errno_of(pm.pin_user_pages, mm, filled(mm, 1).addr, 1) == errno.EOPNOTSUPP
 
+    @pytest.mark.usefixtures("nothing_switched_off")
     def test_refused_by_a_sandbox(self) -> None:
         setup = 425
         script = """

@@ -320,6 +320,7 @@ def vm_flags(addr: int) -> list[str]:
     return []
 
 
+@pytest.mark.needs("pfn")  # that tells the zero page
 def test_snapshot(hmm2: Hmm) -> None:
     buf = hmm2.mm.mmap(7 * PAGE)
     page = [buf.addr + i * PAGE for i in range(7)]

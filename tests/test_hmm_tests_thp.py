@@ -65,6 +65,7 @@ def test_migrate_anon_huge_free(hmm: Hmm) -> None:
     assert content(buf) == pattern(HUGE_PAGES, 1)
 
 
+@pytest.mark.needs("move")  # that keeps a huge page whole
 def test_migrate_anon_huge_fault(hmm: Hmm) -> None:
     buf = hmm.huge()
     assert read_pages(buf.addr, 1)[0].huge, "the kernel gave no huge page"

@@ -107,7 +107,7 @@ def test_a_process_that_is_well_has_no_problem(healthy: Target) -> None:
 
 
 def test_the_threads_of_pymirror_have_names(healthy: Target) -> None:
-    needs("wp_async")
+    needs("uffd_events")
     _, report = healthy.cli()
     names = {one["thread"] for one in report["where"].values()}
     assert {"pymirror-mon", "pymirror-disp"} <= names
@@ -118,7 +118,7 @@ def test_the_threads_of_pymirror_have_names(healthy: Target) -> None:
 
 
 def test_pages_are_counted_by_state(healthy: Target) -> None:
-    needs("wp_async", "pagemap_scan")
+    needs("uffd_events", "pagemap_scan")
     pages = look_at(healthy.pid).pages
     assert pages.to_json() == {
         "total": 8,
@@ -134,7 +134,7 @@ def test_pages_are_counted_by_state(healthy: Target) -> None:
 
 
 def test_pages_are_counted_on_older_kernels_too(healthy: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs("wp_async")
+    needs("uffd_events")
     monkeypatch.setattr(pages_module, "_PAGEMAP_SCAN", 0xC0606600)
     pages = look_at(healthy.pid).pages
     assert (pages.total, pages.present, pages.absent) == (8, 5, 3)
@@ -143,7 +143,7 @@ def test_pages_are_counted_on_older_kernels_too(healthy: Target, monkeypatch: py
 
 
 def test_a_count_that_takes_too_long_says_what_it_has_seen(healthy: Target) -> None:
-    needs("wp_async")
+    needs("uffd_events")
     watched = look_at(healthy.pid).spaces[0].watched
     pages = pages_module.count(healthy.pid, watched, limit_s=0)
     assert pages.total == 8
@@ -194,7 +194,7 @@ def test_watch_looks_again_until_ctrl_c(healthy: Target) -> None:
 
 
 def test_a_callback_of_a_kernel_event_that_does_not_return() -> None:
-    needs("uffd_events", "wp_async")
+    needs("uffd_events")
     with target("event_callback") as one:
         look, found = one.until(lambda _, found: "event of the kernel" in found)
         assert "HUNG: a callback for an event of the kernel has been running" in found
@@ -259,7 +259,7 @@ def test_a_gil_that_is_held_in_native_code() -> None:
 
 
 def test_a_device_lock_that_is_held_names_holder_and_waiters() -> None:
-    needs("uffd_events", "wp_async")
+    needs("uffd_events")
     with target("lock") as one:
         look, found = one.until(lambda _, found: "device lock" in found and "userfaultfd" in found)
         monitor = look.spaces[0].monitor_tid
@@ -275,7 +275,7 @@ def test_a_device_lock_that_is_held_names_holder_and_waiters() -> None:
 
 
 def test_the_monitor_that_does_not_go_round() -> None:
-    needs("uffd_events", "wp_async")
+    needs("uffd_events")
     with target("lock") as one:
         _, found = one.until(lambda _, found: "the monitor (" in found)
         assert "has not gone round for" in found
