@@ -92,7 +92,7 @@ def make_device_exclusive(mm: AddressSpace, addr: int, owner: Any) -> DeviceExcl
     owner has already stays its own, and nobody is told: a driver may call it between read_begin() and
     read_retry(), which are void for that one time. EFAULT: a hole, or memory that may not be written. EBUSY:
     the page cannot be had: it is pinned, of shared memory or a file, or another userfaultfd has it.
-    EINVAL; ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock(); EOPNOTSUPP.
+    EINVAL; ENOMEM; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock(); FeatureError.
     """
     addr = integer("make_device_exclusive", "addr", addr)
     page = make_device_exclusive_range(mm, addr, addr + PAGE_SIZE, owner)
@@ -133,6 +133,8 @@ def make_device_exclusive_range(mm: AddressSpace, start: int, end: int, owner: A
                 arena.set_owner(owner, pfns)
             if ret == -errno.EINVAL:
                 ret = -errno.EFAULT
+    if ret == -errno.EOPNOTSUPP:
+        mm.features.require("populate", what)
     if ret == -errno.EBUSY and not pfns.any():
         check_handler(mm, what)
     elif not pfns.any():

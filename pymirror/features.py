@@ -66,7 +66,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "uffd",
         lib.PM_FEAT_UFFD,
-        "munmap, mremap, madvise and fork behind pymirror's back are found late, by comparing page tables",
+        "as without wp_async; munmap, mremap, madvise and fork behind pymirror's back are found late,"
+        " by comparing page tables; there is no device memory and no exclusive access",
         "4.11",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
@@ -74,7 +75,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "uffd_kernel",
         lib.PM_FEAT_UFFD_KERNEL,
-        "a system call on a device-resident page gives EFAULT instead of bringing it home",
+        'device memory and exclusive access take fault_delivery="inline":'
+        " a system call on a device-resident page gives EFAULT",
         "4.11",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
@@ -83,7 +85,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "wp_async",
         lib.PM_FEAT_UFFD_WP_ASYNC,
-        "memory is not watched, and write permission after a fork is taken from the vma alone",
+        "files on disk are not watched,"
+        " and pages that were shared with a child count as writable once it is gone",
         "6.7",
         "CONFIG_PTE_MARKER_UFFD_WP=y",
         _UFFD,
@@ -92,7 +95,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "wp_unpopulated",
         lib.PM_FEAT_UFFD_WP_UNPOPULATED,
-        "write permission of pages that were absent at a fork is taken from the vma alone",
+        "nothing today: no page is write-protected before it is there",
         "6.4",
         "CONFIG_PTE_MARKER_UFFD_WP=y",
         _UFFD,
@@ -101,7 +104,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "uffd_events",
         lib.PM_FEAT_UFFD_EVENTS,
-        "munmap, mremap and madvise behind pymirror's back are found late, by comparing page tables",
+        "as without wp_async; munmap, mremap and madvise behind pymirror's back are found late,"
+        " by comparing page tables; there is no device memory and no exclusive access",
         "4.11",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
@@ -119,7 +123,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "move",
         lib.PM_FEAT_UFFD_MOVE,
-        "pages migrate by copying instead of moving",
+        "pages migrate by copying instead of moving: a huge page comes apart; there is no coherent memory",
         "6.8",
         "CONFIG_USERFAULTFD=y",
         _UFFD,
@@ -137,7 +141,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "pagemap",
         lib.PM_FEAT_PAGEMAP,
-        "ranges cannot be looked at or faulted: fault() and snapshot() raise FeatureError",
+        "ranges cannot be looked at or faulted: fault() and snapshot() raise FeatureError"
+        "; there is no device memory and no exclusive access",
         "4.2",
         "CONFIG_PROC_PAGE_MONITOR=y",
         _PROC,
@@ -145,7 +150,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "pfn",
         lib.PM_FEAT_PFN,
-        "pfns carry presence only, and a page that was exchanged for another is not noticed",
+        "pfns carry presence only, and a page that was exchanged for another is not noticed;"
+        " there is no coherent memory and no DMA without an IOMMU",
         "4.2",
         "CONFIG_PROC_PAGE_MONITOR=y",
         _CAPABLE,
@@ -154,7 +160,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "pagemap_scan",
         lib.PM_FEAT_PAGEMAP_SCAN,
-        "huge pages are told by their PFNs alone",
+        "a transparent huge page has order 0, and comes apart when it migrates",
         "6.7",
         "CONFIG_PROC_PAGE_MONITOR=y",
         _PROC,
@@ -179,7 +185,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "process_vm",
         lib.PM_FEAT_PROCESS_VM,
-        "a device cannot reach private memory",
+        "a device cannot read or write memory; without populate too, no page can be faulted",
         "3.2",
         "CONFIG_CROSS_MEMORY_ATTACH=y",
         "allow process_vm_readv() and process_vm_writev() in the sandbox's seccomp profile",

@@ -9,7 +9,7 @@ block     signals that are blocked, by name
 seccomp   list of [system call number, errno] or [number, errno, index, value]: refused with the errno, the
           latter only where its argument has this value (32 bits)
 user      a uid: no groups, and no capability but CAP_DAC_READ_SEARCH, since the interpreter may be root's
-drop      true: no capabilities, whatever the uid
+drop      true: no capabilities, whatever the uid; or a list of numbers: root gets all others
 """
 
 from __future__ import annotations
@@ -94,11 +94,12 @@ def _seccomp(rules: list[list[int]]) -> None:
     _call("prctl", _PR_SET_SECCOMP, _long(2), header, _long(0), _long(0))
 
 
-def _drop_capabilities() -> None:
-    """Also what uid 0 would get back at an exec."""
-    for number in range(_CAPS):
+def _drop_capabilities(numbers: list[int] | bool) -> None:
+    """From the bounding set: what uid 0 gets at an exec is all that is in it."""
+    for number in range(_CAPS) if numbers is True else numbers:  # type: ignore[union-attr]
         _libc.prctl(_PR_CAPBSET_DROP, _long(number), _long(0), _long(0), _long(0))
-    _libc.prctl(_PR_SET_SECUREBITS, _long(_NOROOT), _long(0), _long(0), _long(0))
+    if numbers is True:
+        _libc.prctl(_PR_SET_SECUREBITS, _long(_NOROOT), _long(0), _long(0), _long(0))
 
 
 def _become(uid: int) -> None:
@@ -121,8 +122,8 @@ def main() -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), both)
     signal.pthread_sigmask(signal.SIG_BLOCK, [getattr(signal, name) for name in confinement.get("block", [])])
     _seccomp(confinement.get("seccomp", []))
-    if confinement.get("drop"):
-        _drop_capabilities()
+    if drop := confinement.get("drop"):
+        _drop_capabilities(drop)
     if (uid := confinement.get("user")) is not None:
         _become(uid)
     os.execvp(sys.argv[2], sys.argv[2:])
