@@ -141,6 +141,15 @@ static void handle_fork(struct pm_mm *mm, int child_uffd)
     invalidate_now(mm, 0, 0, PM_PROTECTION_PAGE, 0);
 }
 
+/* An mremap() from an old size of 0 maps memory once more. None moves memory over itself: to follow that
+ * would take for ever. */
+static bool has_moved(const struct uffd_msg *msg)
+{
+    uint64_t from = msg->arg.remap.from, to = msg->arg.remap.to, len = msg->arg.remap.len;
+
+    return len && !pm_overlap(from, from + len - 1, to, to + len - 1);
+}
+
 static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
 {
     /* Its part comes after that of all others. */
@@ -159,8 +168,7 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
         invalidate_lingering(mm, msg->arg.remove.start, msg->arg.remove.end);
         break;
     case UFFD_EVENT_REMAP:
-        /* An mremap() from an old size of 0 maps memory once more: nothing has moved. */
-        if (msg->arg.remap.len == 0)
+        if (!has_moved(msg))
             break;
         pm_watch_moved(mm, msg->arg.remap.to, msg->arg.remap.len);
         pm_devmem_moved(mm, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
