@@ -46,14 +46,7 @@ class FaultReason(StrEnum):
     ATOMIC = "atomic"
 
 
-_REASONS = {
-    lib.PM_FAULT_MISSING: FaultReason.MISSING,
-    lib.PM_FAULT_READONLY: FaultReason.READONLY,
-    lib.PM_FAULT_FENCED: FaultReason.FENCED,
-    lib.PM_FAULT_STALE: FaultReason.STALE,
-    lib.PM_FAULT_CHANGED: FaultReason.CHANGED,
-    lib.PM_FAULT_ATOMIC: FaultReason.ATOMIC,
-}
+_REASONS = {getattr(lib, f"PM_FAULT_{reason.name}"): reason for reason in FaultReason}
 
 
 @dataclass(frozen=True, slots=True)

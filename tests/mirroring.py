@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from notifying import PAGE, invalidate
 from seams import WAIT_S, errno_of, needs
 
 import pymirror as pm
 from pymirror.pfn import PfnArray
 
-PAGE = 4096
 FAULT = pm.HMM_PFN_REQ_FAULT
 WRITE = pm.HMM_PFN_REQ_FAULT | pm.HMM_PFN_REQ_WRITE
 
@@ -45,11 +45,6 @@ def whole(driver: pm.Mirror, buf: pm.Region, flags: int = FAULT) -> pm.Range:
     rng = driver.range(buf.addr, buf.addr + buf.size)
     rng.default_flags = flags
     return rng
-
-
-def invalidate(mm: pm.AddressSpace, start: int, pages: int = 1, **how: Any) -> None:
-    with mm.invalidate(start, start + pages * PAGE, **how):
-        pass
 
 
 #: Of CPU faults on a device's pages, and how these got there.

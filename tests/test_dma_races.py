@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from dma import DmaDriver, mirrored, nothing_mapped, numbers
-from mirroring import FAULT, PAGE, WRITE, invalidate
+from mirroring import FAULT, PAGE, WRITE
+from notifying import invalidate
 from racing import ctrl_c, in_child
 from seams import Background, errno_of, foreign, inject, needs, points
 

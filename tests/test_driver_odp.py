@@ -15,7 +15,8 @@ import pytest
 from dma import nothing_mapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mirroring import PAGE, as_bytes, errno_in_a_callback, filled, invalidate
+from mirroring import PAGE, as_bytes, errno_in_a_callback, filled
+from notifying import invalidate
 from racing import CHANGES, FOREIGN, GONE, changes, in_child
 from seams import Background, errno_of, foreign, needs, points
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from mirroring import FAULT, PAGE, Driver, invalidate, valid, whole
+from mirroring import FAULT, PAGE, Driver, valid, whole
+from notifying import invalidate
 from seams import WAIT_S, Background, errno_of, foreign, inject, needs
 
 import pymirror as pm

@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from mirroring import FAULT, PAGE, WRITE, Driver, as_bytes, invalidate, modern_fault, whole
+from mirroring import FAULT, PAGE, WRITE, Driver, as_bytes, modern_fault, whole
+from notifying import invalidate
 from seams import WAIT_S, Background, errno_of, needs, points
 
 import pymirror as pm

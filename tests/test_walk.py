@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mirroring import FAULT, PAGE, WRITE, Driver, as_bytes, invalidate, modern_fault, valid, whole, writable
+from mirroring import FAULT, PAGE, WRITE, Driver, as_bytes, modern_fault, valid, whole, writable
+from notifying import invalidate
 from seams import errno_of, needs
 
 import pymirror as pm

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import errno
 
-from ..arguments import integer, shown
+from ..arguments import shown
 from ..errors import MirrorError
 from ..features import probe
 from .domain import DmaDomain, domain_of
 from .driver_memory import DriverMemory
 from .engine import DmaEngine
+from .parameters import check_mask
 from .swiotlb import SwiotlbPool
 
 #: Physical addresses have 52 bits at most on x86-64.
@@ -35,7 +36,7 @@ class DmaDevice(DmaEngine, DriverMemory):
     ) -> None:
         super().__init__()
         self.name = name
-        self.dma_mask = _check_mask(name, dma_mask)
+        self.dma_mask = check_mask(f"{name}: dma_mask", dma_mask, errno.EINVAL)
         if not isinstance(iommu, bool | DmaDomain) or not isinstance(swiotlb, SwiotlbPool | None):
             raise MirrorError(
                 errno.EINVAL,
@@ -70,13 +71,3 @@ class DmaDevice(DmaEngine, DriverMemory):
     def _require_pfns(self, what: str) -> None:
         """FeatureError when physical addresses are not to be seen."""
         probe().require("pfn", what)
-
-
-def _check_mask(name: str, mask: int) -> int:
-    if 0xFFF <= integer(name, "dma_mask", mask) < 1 << 64 and mask & (mask + 1) == 0:
-        return mask
-    raise MirrorError(
-        errno.EINVAL,
-        f"{name}: dma_mask {mask:#x} is not all ones below its top bit",
-        hint="give DMA_BIT_MASK(n), n from 12 to 64",
-    )

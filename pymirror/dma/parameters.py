@@ -21,12 +21,12 @@ MAX_SEGMENT_SIZE = 64 << 10
 SEGMENT_BOUNDARY = (1 << 32) - 1
 
 
-def check_mask(what: str, mask: int) -> int:
-    """EIO unless the mask is all ones below its top bit and reaches at least a page."""
+def check_mask(what: str, mask: int, number: int = errno.EIO) -> int:
+    """An error unless the mask is all ones below its top bit and reaches at least a page."""
     if 0xFFF <= integer(what, "mask", mask) < 1 << 64 and mask & (mask + 1) == 0:
         return mask
     raise MirrorError(
-        errno.EIO,
+        number,
         f"{what}: mask {mask:#x} is not all ones below its top bit",
         hint="give DMA_BIT_MASK(n), n from 12 to 64",
     )
