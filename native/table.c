@@ -1,15 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * table.c - the device page table: programmed by a driver, fenced by invalidations, cleared by the driver's
- * callback.
+ * table.c - the device page table: its tree, its life, the mm it is bound to, and what it has.
  */
 #include "table.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "devmem.h"
 
 static unsigned slot_of(uint64_t addr, int level)
 {
@@ -154,7 +151,7 @@ static bool has_entries(struct pm_table *table)
     return any;
 }
 
-static int bind(struct pm_table *table, struct pm_mm *mm)
+int pm_table_bind(struct pm_table *table, struct pm_mm *mm)
 {
     if (table->mm == mm)
         return 0;
@@ -173,7 +170,7 @@ static int bind(struct pm_table *table, struct pm_mm *mm)
     return 0;
 }
 
-static int grow_to(struct pm_table *table, uint64_t addr)
+int pm_table_grow(struct pm_table *table, uint64_t addr)
 {
     _Atomic(void *) *node = table->top;
 
@@ -194,245 +191,13 @@ static int grow_to(struct pm_table *table, uint64_t addr)
     return 0;
 }
 
-static bool any_valid(const uint64_t *pfns, uint64_t n)
-{
-    for (uint64_t i = 0; i < n; i++) {
-        if (pfns[i] & PM_PFN_VALID)
-            return true;
-    }
-    return false;
-}
-
-/* Pages of the leaf of addr that lie in [addr, addr + n pages). */
-static uint64_t pages_in_leaf(uint64_t addr, uint64_t n)
-{
-    return pm_min(n, PM_FANOUT - pm_leaf_slot(addr));
-}
-
-static int grow_range(struct pm_table *table, uint64_t start, uint64_t n, const uint64_t *pfns)
-{
-    uint64_t step;
-
-    for (uint64_t i = 0; i < n; i += step) {
-        uint64_t addr = start + (i << PM_PAGE_SHIFT);
-
-        step = pages_in_leaf(addr, n - i);
-        if (!any_valid(pfns + i, step))
-            continue;
-        int err = grow_to(table, addr);
-
-        if (err)
-            return err;
-    }
-    return 0;
-}
-
-/* A leaf that the growing saw may be gone again: a clear freed it. */
-static bool leaves_stand(struct pm_table *table, uint64_t start, uint64_t n, const uint64_t *pfns)
-{
-    uint64_t step;
-
-    for (uint64_t i = 0; i < n; i += step) {
-        uint64_t addr = start + (i << PM_PAGE_SHIFT);
-
-        step = pages_in_leaf(addr, n - i);
-        if (!pm_table_leaf(table, addr) && any_valid(pfns + i, step))
-            return false;
-    }
-    return true;
-}
-
-static void program_leaf(struct pm_table *table, struct pm_leaf *leaf, unsigned slot, uint64_t n,
-                         const uint64_t *pfns)
-{
-    for (uint64_t i = 0; i < n; i++) {
-        uint64_t *entry = &leaf->entry[slot + i];
-
-        if (!(pfns[i] & PM_PFN_VALID))
-            continue;
-        if (*entry == 0) {
-            leaf->used++;
-            table->entries++;
-        } else if (*entry & PM_ENTRY_FENCED) {
-            leaf->fenced--;
-            table->fenced--;
-        }
-        *entry = pfns[i] & ~PM_ENTRY_FENCED;
-    }
-}
-
-static void program(struct pm_table *table, uint64_t start, uint64_t n, const uint64_t *pfns)
-{
-    uint64_t step;
-
-    for (uint64_t i = 0; i < n; i += step) {
-        uint64_t addr = start + (i << PM_PAGE_SHIFT);
-        struct pm_leaf *leaf = pm_table_leaf(table, addr);
-
-        step = pages_in_leaf(addr, n - i);
-        if (leaf)
-            program_leaf(table, leaf, pm_leaf_slot(addr), step, pfns + i);
-    }
-}
-
-int pm_table_map(pm_table *table, pm_sub *sub, uint64_t seq, uint64_t start, uint64_t n, const uint64_t *pfns)
-{
-    struct pm_mm *mm = sub->mm;
-    bool stand = false;
-    int err = pm_mm_check(mm);
-
-    if (err)
-        return err;
-    if (table->owner && table->owner != mm->owner)
-        return -ESRCH;
-    if (n == 0 || n > PM_USER_END >> PM_PAGE_SHIFT || start % PM_PAGE_SIZE || start >= PM_USER_END ||
-        PM_USER_END - start < n << PM_PAGE_SHIFT)
-        return -EINVAL;
-    if (!pm_sub_covers(sub, start, n))
-        return -EINVAL;
-    pthread_mutex_lock(&table->grow);
-    err = bind(table, mm);
-    while (!err && !stand) {
-        err = grow_range(table, start, n, pfns);
-        if (err)
-            break;
-        pm_point(PM_POINT_MAP_BEFORE_COMMIT);
-        pm_lock(mm);
-        if (pm_sub_stale(sub, seq) || !pm_resident_stand(mm, start, n, pfns)) {
-            err = -EBUSY;
-        } else {
-            stand = leaves_stand(table, start, n, pfns);
-            if (stand)
-                program(table, start, n, pfns);
-        }
-        pm_status_update(mm);
-        pm_unlock(mm);
-    }
-    pthread_mutex_unlock(&table->grow);
-    pm_point(PM_POINT_MAP_AFTER_COMMIT);
-    return err;
-}
-
-static void fence_leaf(struct pm_table *table, struct pm_leaf *leaf, uint64_t addr, unsigned last,
-                       uint64_t seq)
-{
-    for (unsigned i = pm_leaf_slot(addr); i <= last; i++) {
-        if (!(leaf->entry[i] & PM_ENTRY_VALID))
-            continue;
-        pm_tlb_flush(&table->tlb, pm_leaf_first(addr) + ((uint64_t)i << PM_PAGE_SHIFT));
-        leaf->entry[i] = PM_ENTRY_FENCED | (leaf->entry[i] & PM_ENTRY_WRITE) | (seq & PM_ENTRY_SEQ_MASK);
-        leaf->fenced++;
-        table->fenced++;
-    }
-}
-
-/* The slots of the leaf at addr that lie in [addr, last]; gives the last of them. */
-static unsigned last_slot(uint64_t addr, uint64_t last)
-{
-    return pm_leaf_slot(pm_min(last, pm_leaf_first(addr) + PM_HUGE_SIZE - 1));
-}
-
-void pm_tables_fence(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq)
-{
-    for (struct pm_table *table = mm->tables; table; table = table->next) {
-        uint64_t addr = start;
-        struct pm_leaf *leaf;
-
-        while ((leaf = pm_table_next_leaf(table, &addr, last))) {
-            fence_leaf(table, leaf, addr, last_slot(addr, last), seq);
-            addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
-        }
-    }
-}
-
-static void drop_fenced(struct pm_table *table, struct pm_leaf *leaf, unsigned first, unsigned last,
-                        uint64_t seq)
-{
-    uint64_t fenced = PM_ENTRY_FENCED | (seq & PM_ENTRY_SEQ_MASK);
-
-    for (unsigned i = first; i <= last; i++) {
-        if ((leaf->entry[i] & ~PM_ENTRY_WRITE) != fenced)
-            continue;
-        leaf->entry[i] = 0;
-        leaf->used--;
-        leaf->fenced--;
-        table->fenced--;
-        table->entries--;
-    }
-}
-
-void pm_tables_drop(struct pm_mm *mm, uint64_t start, uint64_t last, uint64_t seq)
-{
-    for (struct pm_table *table = mm->tables; table; table = table->next) {
-        uint64_t addr = start;
-        struct pm_leaf *leaf;
-
-        while ((leaf = pm_table_next_leaf(table, &addr, last))) {
-            drop_fenced(table, leaf, pm_leaf_slot(addr), last_slot(addr, last), seq);
-            addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
-        }
-    }
-}
-
-static int64_t clear_leaf(struct pm_table *table, struct pm_leaf *leaf, uint64_t addr, unsigned last)
-{
-    int64_t n = 0;
-
-    for (unsigned i = pm_leaf_slot(addr); i <= last; i++) {
-        if (leaf->entry[i] == 0)
-            continue;
-        pm_tlb_flush(&table->tlb, pm_leaf_first(addr) + ((uint64_t)i << PM_PAGE_SHIFT));
-        if (leaf->entry[i] & PM_ENTRY_FENCED) {
-            leaf->fenced--;
-            table->fenced--;
-        }
-        leaf->entry[i] = 0;
-        leaf->used--;
-        n++;
-    }
-    table->entries -= (uint64_t)n;
-    return n;
-}
-
-/* Take an empty leaf out of its parent; the caller frees it after the lock. */
-static void unlink_leaf(struct pm_table *table, uint64_t addr)
+void pm_table_unlink(struct pm_table *table, uint64_t addr)
 {
     _Atomic(void *) *node = table->top;
 
     for (int level = PM_TOP_LEVEL; level > 1; level--)
         node = atomic_load(&node[slot_of(addr, level)]);
     atomic_store(&node[slot_of(addr, 1)], NULL);
-}
-
-int64_t pm_table_clear(pm_table *table, uint64_t start, uint64_t end)
-{
-    struct pm_mm *mm = pm_table_mm(table);
-    uint64_t addr = start, last = pm_last(end);
-    struct pm_leaf *leaf, *empty = NULL;
-    int64_t n = 0;
-
-    if (!mm)
-        return 0;
-    if (!pm_mm_owned(mm))
-        return -ESRCH;
-    pm_lock(mm);
-    while (pm_table_of(table, mm) && (leaf = pm_table_next_leaf(table, &addr, last))) {
-        n += clear_leaf(table, leaf, addr, last_slot(addr, last));
-        if (leaf->used == 0) {
-            unlink_leaf(table, addr);
-            leaf->entry[0] = (uint64_t)(uintptr_t)empty;
-            empty = leaf;
-        }
-        addr = pm_leaf_first(addr) + PM_HUGE_SIZE;
-    }
-    pm_status_update(mm);
-    pm_unlock(mm);
-    while ((leaf = empty)) {
-        empty = (struct pm_leaf *)(uintptr_t)leaf->entry[0];
-        free(leaf);
-    }
-    pm_mm_put(mm);
-    return n;
 }
 
 int pm_table_read(pm_table *table, uint64_t start, uint64_t n, uint64_t *ret)
@@ -453,7 +218,7 @@ int pm_table_read(pm_table *table, uint64_t start, uint64_t n, uint64_t *ret)
         uint64_t addr = start + (i << PM_PAGE_SHIFT);
         struct pm_leaf *leaf = pm_table_of(table, mm) ? pm_table_leaf(table, addr) : NULL;
 
-        step = pages_in_leaf(addr, n - i);
+        step = pm_leaf_pages(addr, n - i);
         if (leaf)
             memcpy(ret + i, &leaf->entry[pm_leaf_slot(addr)], step * sizeof(*ret));
     }
@@ -464,7 +229,7 @@ int pm_table_read(pm_table *table, uint64_t start, uint64_t n, uint64_t *ret)
 
 static int next_in_leaf(const struct pm_leaf *leaf, uint64_t addr, uint64_t last, uint64_t *ret)
 {
-    for (unsigned i = pm_leaf_slot(addr), end = last_slot(addr, last); i <= end; i++) {
+    for (unsigned i = pm_leaf_slot(addr), end = pm_leaf_last(addr, last); i <= end; i++) {
         if (leaf->entry[i] == 0)
             continue;
         *ret = pm_leaf_first(addr) + ((uint64_t)i << PM_PAGE_SHIFT);

@@ -44,6 +44,18 @@ static inline unsigned pm_leaf_slot(uint64_t addr)
     return (addr >> PM_PAGE_SHIFT) & (PM_FANOUT - 1);
 }
 
+/* Pages of the leaf of addr that lie in [addr, addr + n pages). */
+static inline uint64_t pm_leaf_pages(uint64_t addr, uint64_t n)
+{
+    return pm_min(n, PM_FANOUT - pm_leaf_slot(addr));
+}
+
+/* The slots of the leaf at addr that lie in [addr, last]; gives the last of them. */
+static inline unsigned pm_leaf_last(uint64_t addr, uint64_t last)
+{
+    return pm_leaf_slot(pm_min(last, pm_leaf_first(addr) + PM_HUGE_SIZE - 1));
+}
+
 /* Made by the process that this one was forked from: its mm and its lock may be gone. */
 static inline bool pm_table_inherited(const struct pm_table *table)
 {
@@ -55,6 +67,12 @@ static inline bool pm_table_inherited(const struct pm_table *table)
 struct pm_leaf *pm_table_leaf(struct pm_table *table, uint64_t addr);
 /* The first leaf at or after *addr and before `last`; moves *addr to the first address of it inside. */
 struct pm_leaf *pm_table_next_leaf(struct pm_table *table, uint64_t *addr, uint64_t last);
+/* Have a leaf at addr: 0 or -ENOMEM. With `grow` held. */
+int pm_table_grow(struct pm_table *table, uint64_t addr);
+/* Take an empty leaf out of its parent; the caller frees it after the lock. */
+void pm_table_unlink(struct pm_table *table, uint64_t addr);
+/* 0, or -EXDEV: it has entries of another mm. With `grow` held. */
+int pm_table_bind(struct pm_table *table, struct pm_mm *mm);
 /* The mm that the table is bound to, referenced, or NULL; NULL too in a forked child, where `grow` may be
  * held for ever. */
 struct pm_mm *pm_table_mm(struct pm_table *table);
