@@ -9,22 +9,22 @@ the kernel's own would not. Operations hold the mmap lock for writing, madvise f
 from __future__ import annotations
 
 import errno
-import logging
 import mmap as _mmap
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from . import affected, trace
+from . import affected
 from ._shim import ffi, lib
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, USER_END, Interval
 from .errors import MirrorError, check, error
 from .event import Event, Guarantee
 from .mapping import backing, check_mmap, map_memory
-from .mm_base import MmBase, check_pages, end_native
+from .mm_base import check_pages, end_native
+from .operation import Operation
 from .refusals import refused_hint
 from .region import Piece, Region, make_region
 from .vma import find_vma
@@ -37,12 +37,8 @@ if TYPE_CHECKING:
 PROT_READ = _mmap.PROT_READ
 PROT_WRITE = _mmap.PROT_WRITE
 
-_ANY_KIND = 0xFFFFFFFF
 
-logger = logging.getLogger("pymirror")
-
-
-class MemoryOperations(MmBase):
+class MemoryOperations(Operation):
     """The part of AddressSpace that changes memory."""
 
     def mmap(
@@ -232,10 +228,6 @@ class MemoryOperations(MmBase):
         finally:
             end_native(begun)
 
-    def _keep_adopted(self, what: str, start: int, end: int, force: bool) -> None:
-        if not force:
-            self._adoptions.check(cast("AddressSpace", self), what, start, end)
-
     def _mremap(self, old: Interval, new_size: int, flags: int, target: int) -> Region:
         start, end = old
         vma = find_vma(self.native, start)
@@ -322,16 +314,6 @@ class MemoryOperations(MmBase):
             check(lib.pm_munmap(self.native, start, end - start), what, addr=start, mm=self)
         self._regions.settle(lost)
 
-    @contextmanager
-    def _disowned(self, intervals: list[Interval]) -> Iterator[list[Piece]]:
-        """What a system call is about to take away from its Regions; they have it back when it is refused."""
-        lost = [piece for interval in intervals for piece in self._regions.disown(*interval)]
-        try:
-            yield lost
-        except MirrorError:
-            self._regions.restore(lost)
-            raise
-
     def _mould(self, addr: int) -> Region | None:
         """The Region at addr, whose properties a moved piece of it keeps."""
         found = self._regions.overlapping(addr, addr + 1)
@@ -347,70 +329,6 @@ class MemoryOperations(MmBase):
 
     def _mapped(self, start: int, end: int) -> bool:
         return next(iter(self._walk(start, end)), None) is not None
-
-    def _check_range(self, ret: int, what: str, start: int, end: int) -> None:
-        """As check(); of ENOMEM it says whether a hole was meant, and where."""
-        addr = start
-        hint = refused_hint(what.split()[0], -ret)
-        if ret == -errno.ENOMEM:
-            hint = "the process has too many vmas: /proc/sys/vm/max_map_count"
-            if (hole := self._first_hole(start, end)) is not None:
-                addr, hint = hole, "leave the hole out; what precedes it was done"
-        check(ret, what, addr=addr, mm=self, hint=hint)
-
-    def _first_hole(self, start: int, end: int) -> int | None:
-        """The first address of [start, end) that is in no vma."""
-        at = start
-        for vma in self._walk(start, end):
-            if vma.start > at:
-                break
-            at = vma.end
-        return at if at < end else None
-
-    def _watch_new(self, start: int, end: int) -> None:
-        """Memory that is new inside a notifier's interval brings no event: watch it from its birth."""
-        if (
-            not self.notifiers.whole_mm
-            and lib.pm_overlapping(self.native, start, end, _ANY_KIND, ffi.NULL, 0) <= 0
-        ):
-            return
-        watched = lib.pm_watch(self.native, start, end, lib.PM_WATCH_EXACT)
-        if watched < 0:
-            # The memory is good; only what changes behind our back is then found late, not reported.
-            logger.warning("mmap: [%#x, %#x) is not watched: %s", start, end, os.strerror(-watched))
-
-    @contextmanager
-    def _operation(
-        self,
-        what: str,
-        start: int = 0,
-        end: int = 0,
-        *,
-        write: bool = True,
-        track: trace.Track = trace.Track.OPERATION,
-    ) -> Iterator[Any]:
-        self._check_here(what)
-        self._mmap_lock.check_free(what)
-        lock = self._mmap_lock.write(what) if write else self._mmap_lock.read(what)
-        with trace.span(track, what, cast("AddressSpace", self), start, end) as span, lock:
-            yield span
-
-    @contextmanager
-    def _migrating(
-        self, what: str, start: int, end: int, owner: Any, event: Event = Event.MIGRATE
-    ) -> Iterator[None]:
-        with (
-            self._operation(what, start, end, write=False, track=trace.Track.MIGRATION),
-            self._invalidation(start, end, event, owner),
-        ):
-            yield
-
-    @contextmanager
-    def _invalidating(self, change: Iterable[Interval], event: Event) -> Iterator[None]:
-        with ExitStack() as stack:
-            for start, end in change:
-                stack.enter_context(self._invalidation(start, end, event))
-            yield
 
 
 class _NoRoomError(MirrorError):
