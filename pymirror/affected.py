@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from .arguments import integer
 from .errors import HasVmas, MirrorError
@@ -83,11 +84,17 @@ def invalid(mm: HasVmas, what: str, wrong: str, addr: int, hint: str) -> MirrorE
     return MirrorError(errno.EINVAL, f"{what}: {wrong}", addr=addr, vma=mm._vma_for_error(addr), hint=hint)
 
 
-def check_huge_cuts(mm: HasVmas, what: str, start: int, end: int) -> None:
+class HasHugetlb(HasVmas, Protocol):
+    """An AddressSpace."""
+
+    def _hugetlb_at(self, addr: int) -> Vma | None: ...
+
+
+def check_huge_cuts(mm: HasHugetlb, what: str, start: int, end: int) -> None:
     """EINVAL where [start, end) would cut a huge page of hugetlb memory: it cannot be split."""
     for addr in (start, end):
-        vma = mm._vma_for_error(addr)
-        if vma is None or not vma.hugetlb or addr == vma.start or addr % vma.page_size == 0:
+        vma = mm._hugetlb_at(addr)
+        if vma is None or addr == vma.start or addr % vma.page_size == 0:
             continue
         wrong = f"{addr:#x} is inside a huge page of hugetlb memory"
         raise invalid(mm, what, wrong, addr, f"give a multiple of {vma.page_size} as address and as size")

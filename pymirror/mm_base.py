@@ -20,7 +20,7 @@ from .event import WHOLE_MM_END, Event, Guarantee, MmuNotifierRange, native_end
 from .lock import MmapLock, not_in_callback, not_under_driver_lock
 from .pin_registry import PinRegistry
 from .region import RegionMap
-from .vma import Vma, find_vma, walk_vmas
+from .vma import Vma, find_vma, hugetlb_vma, walk_vmas
 
 if TYPE_CHECKING:
     from .device_memory import DeviceMemory
@@ -195,6 +195,9 @@ class MmBase:
         except OSError:
             return None
         return vma if vma is not None and addr in vma else None
+
+    def _hugetlb_at(self, addr: int) -> Vma | None:
+        return hugetlb_vma(self.native, addr) if 0 <= addr < USER_END else None
 
     def _check(self, what: str) -> None:
         self._check_here(what)

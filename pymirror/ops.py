@@ -27,7 +27,7 @@ from .mm_base import check_pages, end_native
 from .operation import Operation
 from .refusals import refused_hint
 from .region import Piece, Region, make_region
-from .vma import find_vma
+from .vma import any_vma, find_vma
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -328,7 +328,7 @@ class MemoryOperations(Operation):
         return change + list(affected.aliases(self._walk(0, USER_END), holes))
 
     def _mapped(self, start: int, end: int) -> bool:
-        return next(iter(self._walk(start, end)), None) is not None
+        return any_vma(self.native, start, end)
 
 
 class _NoRoomError(MirrorError):

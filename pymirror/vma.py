@@ -12,6 +12,17 @@ from typing import Any
 from ._shim import ffi, lib
 from .errors import check
 
+# Looked up once: of a library each look costs as much as the test.
+_SHARED, _HUGETLB = lib.PM_VMA_SHARED, lib.PM_VMA_HUGETLB
+_FILE, _SPECIAL = lib.PM_VMA_FILE, lib.PM_VMA_SPECIAL
+_BITS = (
+    (lib.PM_VMA_READ, mmap.PROT_READ),
+    (lib.PM_VMA_WRITE, mmap.PROT_WRITE),
+    (lib.PM_VMA_EXEC, mmap.PROT_EXEC),
+)
+_RWX = sum(bit for bit, _ in _BITS)
+_PROT = [sum(prot for bit, prot in _BITS if flags & bit) for flags in range(_RWX + 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Vma:
@@ -68,6 +79,24 @@ def find_vma(native: Any, addr: int) -> Vma | None:
     return _vma(found)
 
 
+def any_vma(native: Any, start: int, end: int) -> bool:
+    """Whether something of [start, end) is mapped."""
+    found = ffi.new("struct pm_vma *")
+    ret = lib.pm_vma_find(native, start, found)
+    if ret == -errno.ENOENT:
+        return False
+    check(ret, "find_vma")
+    return bool(found.start < end)
+
+
+def hugetlb_vma(native: Any, addr: int) -> Vma | None:
+    """The vma that holds addr if it is of hugetlb memory, else None, also if none can be had."""
+    found = ffi.new("struct pm_vma *")
+    if lib.pm_vma_find(native, addr, found) or found.start > addr or not found.flags & _HUGETLB:
+        return None
+    return _vma(found)
+
+
 def walk_vmas(native: Any, start: int, end: int) -> Iterator[Vma]:
     """The vmas that overlap [start, end), in order: looked up one by one, so it may change under the walk."""
     addr = start
@@ -81,18 +110,14 @@ def walk_vmas(native: Any, start: int, end: int) -> Iterator[Vma]:
 
 def _vma(raw: Any) -> Vma:
     flags = raw.flags
-    prot = 0
-    prot |= mmap.PROT_READ if flags & lib.PM_VMA_READ else 0
-    prot |= mmap.PROT_WRITE if flags & lib.PM_VMA_WRITE else 0
-    prot |= mmap.PROT_EXEC if flags & lib.PM_VMA_EXEC else 0
     return Vma(
         start=raw.start,
         end=raw.end,
-        prot=prot,
-        shared=bool(flags & lib.PM_VMA_SHARED),
-        hugetlb=bool(flags & lib.PM_VMA_HUGETLB),
-        file=bool(flags & lib.PM_VMA_FILE),
-        special=bool(flags & lib.PM_VMA_SPECIAL),
+        prot=_PROT[flags & _RWX],
+        shared=bool(flags & _SHARED),
+        hugetlb=bool(flags & _HUGETLB),
+        file=bool(flags & _FILE),
+        special=bool(flags & _SPECIAL),
         page_size=raw.page_size,
         offset=raw.offset,
         inode=raw.inode,
