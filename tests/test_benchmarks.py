@@ -32,6 +32,28 @@ NEEDS = {
     ("gup-dma", "dma-read", "pin"): ("io_uring", "pagemap"),
 }
 
+#: The rows that every `bench --json` has, whether met or not, and the greatest ratio each may have.
+GOALS = {
+    "fault-warm": 1.15,
+    "presence-warm": 0.9,
+    "fault-warm-huge": 0.5,
+    "fault-cold": 1.05,
+    "fault-one-page": 4,
+    "invalidate-million": 1.5,
+    "idle-touch": 1.03,
+    "idle-sort": 1.03,
+    "idle-malloc": 1.02,
+    "watched-madvise": 1.15,
+    "device-read": 1.1,
+    "fault-back-thread": 1.15,
+    "fault-back-inline": 1.15,
+    "fault-back-stream": 3,
+    "migrate-4k": 1.15,
+    "hmm-dma-map": 1.5,
+    "bytes-per-page": 1,
+    "dma-bytes-per-page": 1,
+}
+
 cases.load()
 
 
@@ -59,6 +81,12 @@ def test_a_benchmark_runs_and_gives_sane_figures(
     assert result["ratio"] == pytest.approx(result["ours"] / result["floor"])
     low, high = result["spread"]
     assert 0 < low <= high
+
+
+def test_the_fixed_rows_are_there_with_their_goals() -> None:
+    known = registered()
+    assert {name: known[name].goal for name in GOALS} == GOALS
+    assert known["migrate-2m"].goal is not None
 
 
 def test_names_may_be_patterns(capsys: pytest.CaptureFixture[str]) -> None:

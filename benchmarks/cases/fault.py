@@ -171,12 +171,9 @@ def fault_cold(scale: Scale) -> Iterator[Sides]:
         yield Sides(ours, bare)
 
 
-@benchmark("fault-one-page", goal=4, unit="us", rounds=40, setups=2)
 @contextmanager
-def fault_one_page(scale: Scale) -> Iterator[Sides]:
-    """rng.fault() of one present page; against PROCMAP_QUERY plus an 8 byte pread of the pagemap."""
-    times = scale.count(2000)
-    with floor("query_read", times, work=times, per=times) as bare, mirrored(PAGE) as (_, rng):
+def one_page(times: int, size: int, pages: Pages) -> Iterator[Sides]:
+    with floor("query_read", times, work=times, per=times) as bare, mirrored(size, pages) as (_, rng):
 
         def ours() -> float:
             fault = rng.fault
@@ -184,7 +181,23 @@ def fault_one_page(scale: Scale) -> Iterator[Sides]:
             for _ in range(times):
                 fault()
             ns = perf_counter_ns() - start
-            expect_writable(rng.pfns, 1)
+            expect_writable(rng.pfns, size // PAGE)
             return ns / times
 
         yield Sides(ours, bare)
+
+
+@benchmark("fault-one-page", goal=4, unit="us", rounds=40, setups=2)
+@contextmanager
+def fault_one_page(scale: Scale) -> Iterator[Sides]:
+    """rng.fault() of one present page; against PROCMAP_QUERY plus an 8 byte pread of the pagemap."""
+    with one_page(scale.count(2000), PAGE, small_pages) as sides:
+        yield sides
+
+
+@benchmark("fault-one-page-hugetlb", goal=None, unit="us", rounds=40, setups=2)
+@contextmanager
+def fault_one_page_hugetlb(scale: Scale) -> Iterator[Sides]:
+    """rng.fault() of one hugetlb page, 512 entries; against PROCMAP_QUERY plus an 8 byte pread."""
+    with one_page(scale.count(2000), HUGE_PAGE, hugetlb_pages) as sides:
+        yield sides

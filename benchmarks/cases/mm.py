@@ -63,7 +63,7 @@ def munmap_notified(scale: Scale) -> Iterator[Sides]:
         yield Sides(ours, bare)
 
 
-@benchmark("watched-madvise", goal=1.15, unit="us", rounds=21, setups=3)
+@benchmark("watched-madvise", goal=1.15, unit="us", rounds=60, setups=3)
 @contextmanager
 def watched_madvise(scale: Scale) -> Iterator[Sides]:
     """MADV_DONTNEED and munmap, foreign, of 64 watched pages each; against a bare C reader of the events."""
