@@ -66,6 +66,16 @@ struct pm_spot {
     struct pm_block *block;
 };
 
+static inline uint64_t pm_block_of(const struct pm_devmem *vram, uint64_t slot)
+{
+    return (slot - vram->base) / PM_HUGE_SIZE;
+}
+
+static inline uint64_t pm_place_of(uint64_t slot)
+{
+    return slot % PM_HUGE_SIZE >> PM_PAGE_SHIFT;
+}
+
 struct pm_devices {
     struct pm_devmem *list;
     struct pm_devmem *exclusive; /* the one of the list that is */
@@ -132,6 +142,12 @@ void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end);
 
 /* devmem.c */
 struct pm_devmem *pm_devmem_of(struct pm_devices *devices, uint64_t slot);
+uint64_t pm_slot_pfn(struct pm_devices *devices, uint64_t slot);
+bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
+/* Slots that no page was ever in become pages of zeroes: a device is about to use them. No lock is needed. */
+void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len);
+
+/* slots.c */
 /* A slot for each of n pages of one 2 MiB range, in a row: the address of the first, or 0. */
 uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n);
 /* The same, or as a migration aims, at slots set aside for it; 0 where there is no room. *n becomes what
@@ -139,7 +155,15 @@ uint64_t pm_devmem_slots(struct pm_devmem *vram, uint64_t addr, uint64_t n);
 uint64_t pm_devmem_room(struct pm_devmem *vram, uint64_t addr, uint64_t *n);
 /* The same for whole 2 MiB ranges in a row, *n of them: the first of unused blocks in a row. */
 uint64_t pm_devmem_blocks(struct pm_devmem *vram, uint64_t *n);
-bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
+/* The addresses of a block's slots; NULL while it is unused. */
+uint64_t *pm_block_back(struct pm_devices *devices, struct pm_block *block);
+/* Slots in a row, in one block, are free; or are so already, and are counted. Is the block unused now? */
+bool pm_slots_free(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot, uint64_t n);
+bool pm_block_release(struct pm_devices *devices, struct pm_devmem *vram, struct pm_block *block, uint64_t n);
+/* The page tables of unused blocks go. */
+void pm_block_drop_tables(uint64_t start, uint64_t end);
+
+/* note.c */
 /* So that noting pages there will not fail: 0 or -ENOMEM. Undone by the note, or by pm_devmem_unready(). */
 int pm_devmem_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n);
 void pm_devmem_unready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n);
@@ -148,7 +172,6 @@ void pm_devmem_note_ready(struct pm_devmem *vram, uint64_t addr, uint64_t slot, 
                           const bool *writable);
 /* Pages that are in their slots, and for each whether it was writable. -ENOMEM: none is noted. */
 int pm_devmem_note(struct pm_devmem *vram, uint64_t addr, uint64_t slot, uint64_t n, const bool *writable);
-uint64_t pm_slot_pfn(struct pm_devices *devices, uint64_t slot);
 struct pm_spot pm_spot_at(struct pm_devices *devices, uint64_t addr); /* of devices that may be NULL */
 /* Pages that are in their slots no more. */
 void pm_devmem_forget(struct pm_mm *mm, uint64_t addr, uint64_t n);
@@ -159,8 +182,6 @@ void pm_devmem_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t len)
 /* The address of the page that is in a slot, 0: none. */
 uint64_t pm_devmem_back(const struct pm_devmem *vram, uint64_t slot);
 bool pm_devmem_is_at(struct pm_devices *devices, uint64_t addr, uint64_t slot);
-/* Slots that no page was ever in become pages of zeroes: a device is about to use them. No lock is needed. */
-void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len);
 
 /* migrate.c: with watch_lock held; pages that moved, from start on */
 int pm_move_out(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
