@@ -189,11 +189,18 @@ bool pm_movable(const struct pm_mm *mm, const struct pm_vma *vma);
 bool pm_is_interval(uint64_t start, uint64_t end); /* whole pages of user memory */
 bool pm_is_pages(uint64_t start, uint64_t n);      /* the same, of n pages */
 void pm_doze(void);
-/* UFFDIO_MOVE: bytes moved, from the start on, or an errno when that is none. */
-int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len, uint64_t mode);
-
 /* Take the lock at a moment at which no fork and no madvise is half done, and every event has been read. */
 int pm_lock_quiet(struct pm_mm *mm, uint64_t start, uint64_t end);
+
+/* move_out.c */
+/* UFFDIO_MOVE: bytes moved, from the start on, or an errno when that is none. */
+int64_t pm_move_pages(int fd, uint64_t to, uint64_t from, uint64_t len, uint64_t mode);
+/* Is a page of a writable vma mapped writable, by its entry of the pagemap? */
+bool pm_is_writable(struct pm_mm *mm, uint64_t addr, uint64_t entry);
+/* One 2 MiB range, or a part of it; what is pinned stays. *moved counts pages. */
+int pm_move_range(struct pm_devmem *vram, uint64_t addr, uint64_t end, uint64_t *moved);
+/* From *addr on, huge pages that are alike, by one call, if there are any: *addr is behind them then. */
+int pm_move_huge(struct pm_devmem *vram, uint64_t *addr, uint64_t end, uint64_t *moved);
 
 /* lift.c: n pages of one 2 MiB range, which becomes how many there is room for; `copies`: of a file, and they
  * leave only as this process's own. -EAGAIN: some of them stay. */
@@ -221,14 +228,20 @@ void pm_coherent_moved(struct pm_mm *mm, uint64_t from, uint64_t to, uint64_t le
 /* home.c */
 /* Wake who waits for these pages: whoever is not woken sleeps for ever. */
 void pm_wake(struct pm_mm *mm, uint64_t start, uint64_t len);
+/* Pages from a spot on, in slots in a row, come home: bytes, from the first on, or an errno. */
+int64_t pm_home_run(struct pm_mm *mm, const struct pm_spot *spot, uint64_t len);
 /* Bring home the pages in `only`, NULL: in any device memory: how many, -EAGAIN while an event is unread, or
  * what the kernel refuses it with. */
 int64_t pm_home(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only);
 /* The same for callers without the lock, that wait until events are read: 0 or an errno. */
 int pm_home_all(struct pm_mm *mm, uint64_t start, uint64_t end, const struct pm_devmem *only,
                 uint64_t *moved);
-/* The same for any device memory, and drivers are told as of a CPU fault. With inline delivery device writes
- * under way in [start, end) are waited for, without the lock; 0 when none is there. */
+/* Pages that have come home as read-only ones. */
+void pm_home_readonly(struct pm_mm *mm, uint64_t start, uint64_t end);
+
+/* home_fault.c */
+/* As pm_home() for any device memory, and drivers are told as of a CPU fault. With inline delivery device
+ * writes under way in [start, end) are waited for, without the lock; 0 when none is there. */
 int64_t pm_home_told(struct pm_mm *mm, uint64_t start, uint64_t end);
 /* What a device or the kernel is about to fault comes home at once, as a CPU fault would bring it. */
 void pm_home_touch(struct pm_mm *mm, uint64_t start, uint64_t end);
@@ -238,9 +251,8 @@ int pm_home_fault(struct pm_mm *mm, const struct pm_spot *spot);
  * to be served, or -1. */
 void pm_home_deferred(struct pm_mm *mm);
 int pm_home_deferred_ms(struct pm_mm *mm);
-/* Pages that have come home as read-only ones. */
-void pm_home_readonly(struct pm_mm *mm, uint64_t start, uint64_t end);
-/* The monitor's: what is on a device is to be in the child, too. */
+
+/* home_child.c: the monitor's: what is on a device is to be in the child, too. */
 void pm_home_child(struct pm_mm *mm, int child_uffd);
 
 #endif
