@@ -13,8 +13,9 @@
 #include <time.h>
 
 #include "devmem.h"
+#include "monitor.h"
 
-enum { MESSAGES = 32, LINGER_MIN_NS = 100 * 1000, LINGER_MAX_NS = 10 * 1000 * 1000 };
+enum { LINGER_MIN_NS = 100 * 1000, LINGER_MAX_NS = 10 * 1000 * 1000 };
 enum { STEP_NS = 1000 * 1000, QUIET_NS = 200 * 1000 };
 static const uint64_t drain_limit_ns = 100ULL * 1000 * 1000, round_ns = 1000ULL * 1000 * 1000;
 
@@ -183,45 +184,6 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
     }
 }
 
-static bool no_room(ssize_t n)
-{
-    return n == -EMFILE || n == -ENFILE;
-}
-
-/* The limit may be lowered below the number of every descriptor there is. */
-static ssize_t read_above_limit(struct pm_mm *mm, struct uffd_msg *msgs)
-{
-    struct rlimit old, more;
-    ssize_t n;
-
-    if (pm_sys_nofile(NULL, &old))
-        return -EMFILE;
-    more = old;
-    more.rlim_cur = old.rlim_cur < old.rlim_max ? old.rlim_max : old.rlim_max + MESSAGES;
-    more.rlim_max = pm_max(more.rlim_cur, more.rlim_max);
-    if (pm_sys_nofile(&more, NULL))
-        return -EMFILE;
-    n = pm_sys_read(mm->uffd, msgs, MESSAGES * sizeof(*msgs));
-    pm_sys_nofile(&old, NULL);
-    return n;
-}
-
-/*
- * Reading a fork message makes a descriptor; with the table of descriptors full that fails, and the forking
- * thread would hang. The spare one makes room, at once, before another thread takes the place.
- */
-static ssize_t read_with_room(struct pm_mm *mm, struct uffd_msg *msgs)
-{
-    ssize_t n = pm_sys_read(mm->uffd, msgs, MESSAGES * sizeof(*msgs));
-
-    if (no_room(n) && mm->spare_fd >= 0) {
-        pm_sys_close(mm->spare_fd);
-        mm->spare_fd = -1;
-        n = pm_sys_read(mm->uffd, msgs, MESSAGES * sizeof(*msgs));
-    }
-    return no_room(n) ? read_above_limit(mm, msgs) : n;
-}
-
 static void serve_fault(struct pm_mm *mm, const struct uffd_msg *msg)
 {
     struct pm_spot spot = pm_spot_at(mm->devices, pm_page_down(msg->arg.pagefault.address));
@@ -231,11 +193,11 @@ static void serve_fault(struct pm_mm *mm, const struct uffd_msg *msg)
 
 static void read_messages(struct pm_mm *mm)
 {
-    struct uffd_msg msgs[MESSAGES];
+    struct uffd_msg msgs[PM_MESSAGES];
     ssize_t n;
 
     pm_point(PM_POINT_MONITOR_BEFORE_READ);
-    n = read_with_room(mm, msgs);
+    n = pm_monitor_read(mm, msgs);
     pm_point(PM_POINT_MONITOR_AFTER_READ);
     if (n <= 0)
         return;
