@@ -52,7 +52,8 @@ COMMA := ,
 EMPTY :=
 SUBSTITUTED := pagemap_scan procmap_query populate event_fork wp_unpopulated wp_async
 FEATURES ?= $(SUBSTITUTED) $(subst $(EMPTY) $(EMPTY),$(COMMA),$(SUBSTITUTED))
-FEATURE_TESTS ?= $(addprefix tests/test_,walk.py hmm.py mm.py notifier.py page_table.py device.py gup.py migrate.py migrate_copied.py migrate_used.py migrate_ends.py \
+FEATURE_TESTS ?= $(addprefix tests/test_,walk.py hmm.py mm.py notifier.py page_table.py device.py gup.py migrate.py \
+	migrate_copied.py migrate_used.py migrate_ends.py \
 	exclusive.py hmm_dma_map.py)
 
 check-features: build ## tests with features switched off; FEATURES= and FEATURE_TESTS= choose which

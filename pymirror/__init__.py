@@ -26,7 +26,8 @@ if (_built := _ffi.string(_lib.pm_version()).decode()) != __version__:
 
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
-from .device import Device, DeviceFault, FaultReason, StaleAccessError
+from .device import Device
+from .device_fault import DeviceFault, FaultReason, StaleAccessError
 from .device_memory import DeviceMemory, coherent_pages
 from .dma import api as _dma_api
 from .dma.api import *  # noqa: F403

@@ -7,128 +7,27 @@ import errno
 import operator
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from . import trace
 from ._shim import ffi, lib
 from .arguments import shown
 from .callback import may_wait
+from .device_fault import FAULT_REASONS, DeviceFault, DeviceStats, FaultHandler, FaultReason, StaleAccessError
 from .dma.device import DmaDevice
 from .dma.domain import DmaDomain
 from .dma.swiotlb import SwiotlbPool
 from .errors import MirrorError, error
-from .history import ago, invalidated_text
-from .page_table import Mapping, PageTable
+from .page_table import PageTable
 from .walk import PAGE_SIZE, USER_END, detected
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .mm import AddressSpace
-    from .notifier import Invalidation
-    from .vma import Vma
 
 #: Bytes of one native call, so that Ctrl-C is heard in between.
 _CALL_BYTES = 64 << 20
-
-
-class FaultReason(StrEnum):
-    """Why the device could not use its page table: ``enum pm_access_fault``."""
-
-    MISSING = "missing"
-    READONLY = "readonly"
-    FENCED = "fenced"
-    STALE = "stale"
-    CHANGED = "changed"
-    ATOMIC = "atomic"
-
-
-_REASONS = {getattr(lib, f"PM_FAULT_{reason.name}"): reason for reason in FaultReason}
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceFault:
-    """A device fault, for the driver's handler.
-
-    ``addr`` is the page that the table does not serve, ``end`` the end (page-aligned) of what the access
-    still needs, ``write`` the access, ``atomic`` whether it is an atomic. ``reason``: no entry (missing), a
-    write through a read-only entry (readonly), an entry invalidated whose callback has not run yet (fenced),
-    an atomic on memory that the CPU uses too (atomic): make_device_exclusive(), or migrate it.
-    """
-
-    device: Device
-    mm: AddressSpace
-    addr: int
-    end: int
-    write: bool
-    reason: FaultReason
-    atomic: bool = False
-
-
-FaultHandler = Callable[[DeviceFault], Any]
-
-
-@dataclass(slots=True)
-class DeviceStats:
-    """Counts since the device was made. Times an event happened, but for the two that end in _bytes.
-
-    ``redone`` are reads discarded because an invalidation passed meanwhile, ``stale`` accesses through an
-    entry that a callback should have cleared, ``detected`` changes of memory that no event told of.
-    """
-
-    reads: int = 0
-    writes: int = 0
-    read_bytes: int = 0
-    write_bytes: int = 0
-    missing: int = 0
-    readonly: int = 0
-    fenced: int = 0
-    atomic: int = 0
-    atomics: int = 0
-    stale: int = 0
-    detected: int = 0
-    redone: int = 0
-
-    @property
-    def faults(self) -> int:
-        """Device faults that were given to the handler."""
-        return self.missing + self.readonly + self.fenced + self.atomic
-
-
-class StaleAccessError(MirrorError):
-    """The device used an entry whose invalidation is over and whose callback did not clear it: a driver bug.
-
-    No memory was touched: the entry is fenced. ``mapped`` tells who programmed it, ``invalidated`` what
-    should have cleared it; None where that is too long ago.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        addr: int,
-        write: bool,
-        mapped: Mapping | None,
-        invalidated: Invalidation | None,
-        seq: int,
-        vma: Vma | None = None,
-    ) -> None:
-        access = "write" if write else "read"
-        super().__init__(
-            errno.EFAULT,
-            f"{device.name}: {access} at {addr:#x} through an entry that its callback did not clear;"
-            f" {_mapped_text(mapped)}; {invalidated_text(invalidated, seq)}",
-            addr=addr,
-            vma=vma,
-            hint="clear the whole of [update.start, update.end) in the callback, before it returns",
-        )
-        self.mapped = mapped
-        self.invalidated = invalidated
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild_stale, (self._message, dict(self.__dict__)))
 
 
 class Device(DmaDevice):
@@ -284,14 +183,14 @@ class Device(DmaDevice):
                 )
             faults.again(mm, what, access)
             with trace.span(
-                trace.Track.FAULT, _REASONS[access.fault], mm, access.fault_start, addr + size, **about
+                trace.Track.FAULT, FAULT_REASONS[access.fault], mm, access.fault_start, addr + size, **about
             ):
                 faults.refused = self._fault(mm, access, addr + size, what)
 
     def _fault(
         self, mm: AddressSpace, access: Any, end: int, what: str, atomic: bool = False
     ) -> MirrorError | None:
-        reason = _REASONS[access.fault]
+        reason = FAULT_REASONS[access.fault]
         page = access.fault_start
         write = atomic or bool(access.write)
         self._count_fault(reason)
@@ -362,7 +261,7 @@ class _Patience:
             return
         raise error(
             errno.ETIMEDOUT,
-            f"{what}: device fault ({_REASONS[access.fault]}), not served in {self.timeout} s,",
+            f"{what}: device fault ({FAULT_REASONS[access.fault]}), not served in {self.timeout} s,",
             addr=access.fault_start,
             mm=mm,
             hint="the fault handler must map fault.addr before it returns; see also Device.fault_timeout",
@@ -380,21 +279,3 @@ def check_access(mm: AddressSpace, what: str, addr: int, size: int) -> int:
         wrong = f"[{addr:#x}, {addr + size:#x}) is beyond the address space (0-{USER_END:#x})"
         hint = "give a virtual address; DMA addresses are for dma_read() and dma_write()"
     raise error(errno.EINVAL, f"{what}: {wrong}", addr=addr, mm=mm, hint=hint)
-
-
-def _mapped_text(mapped: Mapping | None) -> str:
-    if mapped is None:
-        return "who mapped it is too long ago"
-    return (
-        f"mapped by {mapped.file}:{mapped.line} with [{mapped.start:#x}, {mapped.end:#x}), seq {mapped.seq},"
-        f" {ago(mapped.when)}"
-    )
-
-
-def _rebuild_stale(message: str, state: dict[str, Any]) -> StaleAccessError:
-    stale = StaleAccessError.__new__(StaleAccessError)
-    MirrorError.__init__(
-        stale, errno.EFAULT, message, addr=state["addr"], vma=state["vma"], hint=state["hint"]
-    )
-    stale.__dict__.update(state)
-    return stale

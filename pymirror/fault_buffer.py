@@ -23,7 +23,7 @@ from .errors import MirrorError, error
 from .lock import SLICE
 
 if TYPE_CHECKING:
-    from .device import DeviceFault
+    from .device_fault import DeviceFault
 
 
 class FaultEntry:

@@ -14,14 +14,8 @@ from mirroring import PAGE
 from racing import in_child
 
 import pymirror as pm
-from pymirror.drivers.dmirror import (
-    LINUX_6_12,
-    PROT_DEV_COHERENT_LOCAL,
-    PROT_DEV_PRIVATE_LOCAL,
-    PROT_WRITE,
-    Dmirror,
-    Quirks,
-)
+from pymirror.drivers.dmirror import LINUX_6_12, Dmirror, Quirks
+from pymirror.drivers.dmirror_uapi import PROT_DEV_COHERENT_LOCAL, PROT_DEV_PRIVATE_LOCAL, PROT_WRITE
 
 BUFFER_PAGES = 1024
 TIMES = 10

@@ -15,7 +15,8 @@ from seams import errno_of, needs
 import pymirror as pm
 from pymirror.device_memory import NEEDS
 from pymirror.drivers import dmirror
-from pymirror.drivers.dmirror import PROT_PMD, PROT_READ, PROT_WRITE, Dmirror, Quirks
+from pymirror.drivers.dmirror import Dmirror, Quirks
+from pymirror.drivers.dmirror_uapi import PROT_PMD, PROT_READ, PROT_WRITE
 from pymirror.replay import read_pages
 from pymirror.replay.child import ForkedChild
 

@@ -36,7 +36,7 @@ from racing import waiting_child
 from seams import Background, errno_of, foreign, needs
 
 import pymirror as pm
-from pymirror.drivers.dmirror import (
+from pymirror.drivers.dmirror_uapi import (
     PROT_DEV_COHERENT_REMOTE,
     PROT_ERROR,
     PROT_NONE,

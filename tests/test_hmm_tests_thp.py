@@ -14,7 +14,8 @@ from mirroring import PAGE
 from seams import errno_of, inject
 
 import pymirror as pm
-from pymirror.drivers.dmirror import FAIL_ALLOC, PROT_PMD, PROT_WRITE, Quirks
+from pymirror.drivers.dmirror import Quirks
+from pymirror.drivers.dmirror_uapi import FAIL_ALLOC, PROT_PMD, PROT_WRITE
 from pymirror.replay.evidence import read_pages
 
 __all__ = ["hmm", "variant"]

@@ -68,7 +68,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "migrate_vma",
         "walk",
     ),
-    "device": ("device", "fault_buffer", "page_table"),
+    "device": ("device", "device_fault", "fault_buffer", "page_table"),
     "the public face": ("__init__",),
     "drivers": ("drivers.",),
     "programs": ("demo.", "doctor.", "inspection.", "replay.", "study."),

@@ -20,8 +20,9 @@ from mmap import PROT_READ as PROT_READ_ACCESS
 import numpy as np
 import numpy.typing as npt
 
-from ..device import Device, DeviceFault
-from ..device_memory import DeviceMemory, coherent_pages
+from ..device import Device
+from ..device_fault import DeviceFault
+from ..device_memory import DeviceMemory
 from ..errors import MirrorError, error
 from ..event import Event, Guarantee, MmuNotifierRange
 from ..exclusive import exclusive_pfns, make_device_exclusive_range
@@ -32,7 +33,6 @@ from ..mm import AddressSpace
 from ..notifier import IntervalNotifier
 from ..page_table import PM_ENTRY_VALID
 from ..pfn import (
-    HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
@@ -44,77 +44,14 @@ from ..pfn import (
     is_device_private_pfn,
 )
 from ..vma import find_vma
+from .dmirror_quirks import LINUX_6_12, Quirks
+from .dmirror_uapi import FAIL_ALLOC, PAGE, PMD_ORDER, Result, mkentries
 from .kpageflags import in_large_folio
 from .retry import RangeRetry, invalidated
 
-PAGE = 4096
 WHOLE_MM = 1 << 64
 MEMORY_SIZE = 256 << 20
 PMD_SIZE = 2 << 20
-
-PROT_ERROR = 0xFF
-PROT_NONE = 0x00
-PROT_READ = 0x01
-PROT_WRITE = 0x02
-PROT_PMD = 0x04
-PROT_ZERO = 0x10
-PROT_DEV_PRIVATE_LOCAL = 0x20
-PROT_DEV_COHERENT_LOCAL = 0x40
-PROT_DEV_COHERENT_REMOTE = 0x50
-
-# A flag of FLAGS.
-FAIL_ALLOC = 1
-
-_PMD_ORDER = 9
-_REMOTE = PROT_DEV_COHERENT_REMOTE & ~PROT_DEV_COHERENT_LOCAL
-
-
-@dataclass(frozen=True, slots=True)
-class Quirks:
-    """What the test device of Linux 6.12 does that a driver need not do.
-
-    ======================  ==============================================================================
-    chunk_pages             Range faults and snapshots go in calls of this many pages, counted from where the
-                            fault struck, not from an aligned address.
-    overrun_pages           An invalidation drops this many pages beyond its last one: the device takes the
-                            exclusive end for the last page of the interval.
-    fault_to_end            A device fault populates everything from the missing page to the end of the
-                            command's request, asking for the same access everywhere, not the missing run.
-    faults_rest_of_pmd      Where a range fault finds a page wanting, it touches all that follows in the call
-                            and in the 2 MiB (hmm_vma_fault()): the device's own pages there come home.
-    own_migrations          An invalidation by a migration to or from the device's own memory drops the
-                            entries of the pages that move and no others.
-    clears_new_pages        Pages that were never touched get memory of the device, cleared, when they
-                            migrate; they come home as pages of zeroes, not as holes.
-    mapped_folios_stay      Pages of a large folio that no PMD maps as a whole do not migrate.
-    large_folios_not_had    Pages of a large folio are not had exclusively, and what maps it as a whole is
-    split. setup_splits            A migration home, too, splits the huge pages that it looks at.
-    fault_timeout           Seconds in which a range fault is tried again before it is EBUSY.
-    ======================  ==============================================================================
-    """
-
-    chunk_pages: int = 64
-    overrun_pages: int = 1
-    fault_to_end: bool = True
-    faults_rest_of_pmd: bool = True
-    own_migrations: bool = True
-    clears_new_pages: bool = True
-    mapped_folios_stay: bool = True
-    large_folios_not_had: bool = True
-    setup_splits: bool = True
-    fault_timeout: float = 1.0
-
-
-LINUX_6_12 = Quirks()
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a command gives: pages served, fault rounds, and bytes (a READ's pages, a SNAPSHOT's bytes)."""
-
-    cpages: int
-    faults: int = 0
-    data: bytes = b""
 
 
 @dataclass(slots=True)
@@ -181,7 +118,7 @@ class Dmirror:
     def snapshot(self, addr: int, npages: int) -> Result:
         """SNAPSHOT: one PROT_* byte a page, faulting nothing."""
         protections = b"".join(
-            self._protections(start, self._range_fault(start, end, flags=0))
+            mkentries(self.mm, self.memory, start, self._range_fault(start, end, flags=0))
             for start, end in self._chunks(addr, addr + npages * PAGE)
         )
         return Result(npages, data=protections)
@@ -252,7 +189,7 @@ class Dmirror:
         """Whether there is a page of a large folio, whose PMD is split then, and the folio is not."""
         pfns = self._range_fault(start, end, flags=0)
         mapped = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & ~is_device_private_pfn(pfns)
-        huge = np.flatnonzero(mapped & (hmm_pfn_to_map_order(pfns) == _PMD_ORDER))
+        huge = np.flatnonzero(mapped & (hmm_pfn_to_map_order(pfns) == PMD_ORDER))
         vma = find_vma(self.mm.native, start)
         if huge.size and vma is not None and not vma.hugetlb and not vma.shared:
             addr = start + int(huge[0]) * PAGE
@@ -276,7 +213,7 @@ class Dmirror:
     def _split(self, start: int, end: int) -> bool:
         """Whether there is a huge page. A page that goes away and comes back splits what it is part of."""
         pfns = self._range_fault(start, end, flags=0)
-        huge = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & (hmm_pfn_to_map_order(pfns) == _PMD_ORDER)
+        huge = ((pfns & np.uint64(HMM_PFN_VALID)) != 0) & (hmm_pfn_to_map_order(pfns) == PMD_ORDER)
         for page in np.flatnonzero(huge)[:1]:
             addr = start + int(page) * PAGE
             make_device_exclusive_range(self.mm, addr, addr + PAGE, self.device).release()
@@ -451,25 +388,6 @@ class Dmirror:
             self.device.page_table.clear(update.start, min(update.end + overrun * PAGE, WHOLE_MM))
 
         return invalidated(self.lock, update, take_off)
-
-    def _protections(self, start: int, pfns: PfnArray) -> bytes:
-        """Snapshot bytes of HMM pfns."""
-        valid = (pfns & HMM_PFN_VALID) != 0
-        writable = (pfns & HMM_PFN_WRITE) != 0
-        protections = np.where(writable, PROT_WRITE, PROT_READ)
-        # 0: not known, as PFNs are not shown to everybody.
-        if zero := self.mm.features.zero_pfn:
-            protections |= np.where(hmm_pfn_to_pfn(pfns) == zero, PROT_ZERO, 0)
-        protections |= np.where(hmm_pfn_to_map_order(pfns) == _PMD_ORDER, PROT_PMD, 0)
-        protections |= np.where(is_device_private_pfn(pfns), PROT_DEV_PRIVATE_LOCAL, 0)
-        if self.memory.kind == "coherent":
-            end = start + pfns.size * PAGE
-            coherent = coherent_pages(self.mm, start, end)
-            protections |= np.where(coherent, PROT_DEV_COHERENT_LOCAL, 0)
-            protections |= np.where(coherent & ~self.memory.holds(start, end), _REMOTE, 0)
-        protections = np.where(valid, protections, PROT_NONE)
-        protections = np.where((pfns & HMM_PFN_ERROR) != 0, PROT_ERROR, protections)
-        return protections.astype(np.uint8).tobytes()
 
 
 def _others(staying: _Pages, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 
 from ..callback import logger
-from ..device import Device, DeviceFault
+from ..device import Device
+from ..device_fault import DeviceFault
 from ..errors import MirrorError, error
 from ..fault_buffer import FaultBuffer, FaultEntry, coalesce, strength
 from .svm_range import SvmStats

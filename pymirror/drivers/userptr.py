@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..callback import may_wait
-from ..device import Device, DeviceFault
+from ..device import Device
+from ..device_fault import DeviceFault
 from ..errors import MirrorError, error
 from ..event import MmuNotifierRange
 from ..lock import DriverLock

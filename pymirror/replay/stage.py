@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..drivers.dmirror import Dmirror, Result
+from ..drivers.dmirror import Dmirror
+from ..drivers.dmirror_uapi import Result
 from ..mm import AddressSpace
 from ..region import Region
 from .child import ForkedChild
