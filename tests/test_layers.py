@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "affected",
         "mapping",
         "mm_base",
+        "operation",
         "ops",
         "other_userfaultfd",
         "pin_registry",

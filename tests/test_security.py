@@ -35,7 +35,7 @@ PAGE = 4096
 #: What the descriptors of an address space lead to.
 KINDS = (
     r"/proc/\d+/(maps|pagemap|ksm_merging_pages)",
-    r"anon_inode:\[(userfaultfd|eventfd|io_uring)\]",
+    r"anon_inode:\[(userfaultfd|eventfd|timerfd|io_uring)\]",
     r"/memfd:pymirror(-status|-stage)? \(deleted\)",
 )
 #: Places that others look into, and where names can be guessed.
