@@ -71,21 +71,25 @@ from .hmm_dma_map import (
 )
 from .lock import DriverLock
 from .migrate import migrate_to_device, migrate_to_system
-from .migrate_vma import (
+from .migrate_device import (
+    MigrateDevice,
+    migrate_device_finalize,
+    migrate_device_pages,
+    migrate_device_range,
+)
+from .migrate_pfn import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+)
+from .migrate_vma import (
     MIGRATE_VMA_SELECT_DEVICE_COHERENT,
     MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
     MIGRATE_VMA_SELECT_SYSTEM,
-    MigrateDevice,
     MigrateVma,
-    migrate_device_finalize,
-    migrate_device_pages,
-    migrate_device_range,
-    migrate_pfn,
-    migrate_pfn_to_pfn,
     migrate_vma_finalize,
     migrate_vma_pages,
     migrate_vma_setup,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Migration in the kernel's three steps: migrate_vma_setup(), _pages() and _finalize(); and without an mm.
+"""Migration in the kernel's three steps: migrate_vma_setup(), _pages() and _finalize().
 
     with migrate_vma_setup(mm, start, end, vram) as args:
         wanted = (args.src & MIGRATE_PFN_MIGRATE) != 0
@@ -20,7 +20,7 @@ import threading
 import warnings
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,15 @@ from .affected import PAGE_SIZE
 from .arguments import check_is, integer
 from .device_memory import DeviceMemory, coherent_pages
 from .errors import MirrorError, check, error
-from .lock import not_in_callback, not_under_driver_lock
-from .migrate import bring_home, check_handler, check_migration, check_vram, watch_movable
+from .lock import not_in_callback
+from .migrate import check_handler, check_migration, check_vram, watch_movable
+from .migrate_pfn import (
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
+    MIGRATE_PFN_WRITE,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+)
 from .ops import PROT_READ
 from .pfn import HMM_PFN_VALID, HMM_PFN_WRITE, PfnArray, hmm_pfn_to_pfn, is_device_private_pfn
 from .vma import find_vma
@@ -39,15 +46,6 @@ from .vma import find_vma
 if TYPE_CHECKING:
     from .mm import AddressSpace
     from .vma import Vma
-
-#: There is a page. In ``src`` and ``dst``.
-MIGRATE_PFN_VALID = 1 << 0
-#: It can migrate; after migrate_vma_pages(): it has.
-MIGRATE_PFN_MIGRATE = 1 << 1
-#: The CPU may write it.
-MIGRATE_PFN_WRITE = 1 << 3
-#: Where the PFN begins.
-MIGRATE_PFN_SHIFT = 6
 
 #: What migrate_vma_setup() collects.
 MIGRATE_VMA_SELECT_SYSTEM = 1 << 0
@@ -57,29 +55,6 @@ MIGRATE_VMA_SELECT_DEVICE_COHERENT = 1 << 2
 _FILE, _PRESENT, _SWAPPED = 1 << 61, 1 << 63, 1 << 62
 _U64 = np.uint64
 Bools = npt.NDArray[np.bool_]
-
-
-@overload
-def migrate_pfn(pfn: int) -> int: ...
-@overload
-def migrate_pfn(pfn: PfnArray) -> PfnArray: ...
-def migrate_pfn(pfn: int | PfnArray) -> int | PfnArray:
-    """The entry of ``dst`` for a PFN, or for each of an array."""
-    if isinstance(pfn, np.ndarray):
-        return (pfn << _U64(MIGRATE_PFN_SHIFT)) | _U64(MIGRATE_PFN_VALID)
-    return int(pfn) << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
-
-
-@overload
-def migrate_pfn_to_pfn(entry: int) -> int: ...
-@overload
-def migrate_pfn_to_pfn(entry: PfnArray) -> PfnArray: ...
-def migrate_pfn_to_pfn(entry: int | PfnArray) -> int | PfnArray:
-    """The PFN of an entry, or of each of an array; 0 without MIGRATE_PFN_VALID."""
-    if isinstance(entry, np.ndarray):
-        valid = (entry & _U64(MIGRATE_PFN_VALID)) != 0
-        return np.where(valid, entry >> _U64(MIGRATE_PFN_SHIFT), _U64(0))
-    return int(entry) >> MIGRATE_PFN_SHIFT if int(entry) & MIGRATE_PFN_VALID else 0
 
 
 class MigrateVma:
@@ -349,91 +324,6 @@ def migrate_vma_finalize(args: MigrateVma) -> None:
             lib.pm_devmem_free(args.vram._native, pfns.size, ffi.from_buffer("uint64_t[]", pfns))
     finally:
         args._stack.close()
-
-
-class MigrateDevice:
-    """What migrate_device_range() found.
-
-    ``src`` and ``dst`` are as in MigrateVma, ``addrs`` are the addresses of the pages, 0 where there is none.
-    """
-
-    def __init__(self, vram: DeviceMemory, src: PfnArray, addrs: PfnArray) -> None:
-        self.vram = vram
-        self.src = src
-        self.dst: PfnArray = np.zeros(src.size, _U64)
-        self.addrs = addrs
-
-    def __repr__(self) -> str:
-        return f"<MigrateDevice of {self.vram!r}, {np.count_nonzero(self.src)} pages>"
-
-
-def migrate_device_range(vram: DeviceMemory, pfn: int, npages: int) -> MigrateDevice:
-    """What is in npages pages of private device memory from a PFN on: to evict it, whoever it belongs to.
-
-    ``vram.pfns`` is the range of its PFNs. ``src`` has MIGRATE_PFN_MIGRATE for pages in use. EINVAL: not all
-    PFNs of it. ESRCH in a forked child; EDEADLK in a callback.
-    """
-    what = "migrate_device_range"
-    not_in_callback(what)
-    check_vram(what, vram)
-    pfn, npages = integer(what, "pfn", pfn), integer(what, "npages", npages)
-    with vram._lock:
-        vram._check(what)
-        pfns = vram.pfns
-        if npages <= 0 or pfn not in pfns or pfn + npages > pfns.stop:
-            raise MirrorError(
-                errno.EINVAL, f"{what}: {npages} pages from PFN {pfn:#x}", hint=f"vram.pfns is {pfns}"
-            )
-        addrs = np.zeros(npages, _U64)
-        buffer = ffi.from_buffer("uint64_t[]", addrs)
-        check(lib.pm_devmem_addrs(vram._native, pfn, npages, buffer), what)
-    entries = migrate_pfn(_U64(pfn) + np.arange(npages, dtype=_U64)) | _U64(MIGRATE_PFN_MIGRATE)
-    return MigrateDevice(vram, np.where(addrs != 0, entries, _U64(0)), addrs)
-
-
-def migrate_device_pages(args: MigrateDevice) -> int:
-    """Bring home what has MIGRATE_PFN_MIGRATE in ``src`` and MIGRATE_PFN_VALID in ``dst``; gives how many.
-
-    What did not come has the bit cleared in ``src``: it has moved meanwhile. Errors as migrate_to_system().
-    """
-    what = "migrate_device_pages"
-    not_in_callback(what)
-    _check_device_args(what, args)
-    vram = args.vram
-    not_under_driver_lock(what)
-    asked = (args.src & _U64(MIGRATE_PFN_MIGRATE)) != 0
-    asked &= (args.dst & _U64(MIGRATE_PFN_VALID)) != 0
-    came = np.zeros(args.src.size, bool)
-    with vram._lock:
-        vram._check(what)
-        mm = vram.mm
-        for group in _neighbours(args.addrs, asked) if mm is not None else []:
-            assert mm is not None
-            start = int(args.addrs[group[0]])
-            end = int(args.addrs[group[-1]]) + PAGE_SIZE
-            before = vram.holds(start, end)
-            bring_home(mm, what, start, end, vram._native, vram)
-            came[group] = before & ~vram.holds(start, end)
-    args.src[~came] &= _U64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
-    return int(np.count_nonzero(came))
-
-
-def migrate_device_finalize(args: MigrateDevice) -> None:
-    """End it. There is nothing to give back here: it stands for the kernel's call of that name."""
-    _check_device_args("migrate_device_finalize", args)
-
-
-def _check_device_args(what: str, args: object) -> None:
-    check_is(what, "args", args, "addrs", "what migrate_device_range() gave")
-
-
-def _neighbours(addrs: PfnArray, asked: Bools) -> list[npt.NDArray[np.intp]]:
-    """Indices of what is asked for, in order of address, cut where the next page is not the next address."""
-    order = np.flatnonzero(asked)
-    order = order[np.argsort(addrs[order], kind="stable")]
-    if not order.size:
-        return []
-    return np.split(order, np.flatnonzero(np.diff(addrs[order]) != PAGE_SIZE) + 1)
 
 
 def _runs(asked: Bools) -> list[tuple[int, int]]:

@@ -66,6 +66,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "hmm_range",
         "hmm_series",
         "migrate",
+        "migrate_device",
+        "migrate_pfn",
         "migrate_vma",
         "walk",
     ),
