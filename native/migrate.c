@@ -80,6 +80,11 @@ int pm_migrate_level(pm_mm *mm, uint64_t start, uint64_t end)
 
     if (err)
         return err;
+    err = pm_inline_join(mm); /* holes fault from here on */
+    if (err) {
+        pm_mm_exit(mm);
+        return err;
+    }
     pthread_mutex_lock(&mm->watch_lock);
     if (mm->devices && pm_watched(mm, start, end) && pm_vma_query(mm, start, &vma) == 0) {
         vma.start = start;
