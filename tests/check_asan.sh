@@ -32,7 +32,7 @@ sanitized() {
     tests/test_migrate.py::TestChangesOfMemory \
     tests/test_wrong_use.py::TestWhere::test_in_a_callback tests/test_wrong_use.py::TestWhere::test_after_close
 sanitized detect_leaks=0 "$python" -P -m pytest "$@" \
-    --deselect tests/test_migrate_copied.py::TestMemoryThatDoesNotMove::test_locked_memory_stays \
+    --deselect tests/test_migrate_copied.py::TestMemoryThatDoesNotMove::test_locked_memory_ \
     --deselect tests/test_injection.py::test_a_reservation_that_cannot_be_cut \
     --deselect tests/test_close.py::test_a_thousand_cycles_leave_nothing
 

@@ -10,6 +10,7 @@ have a substitute, and nothing may be refused for their want.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import signal
@@ -83,6 +84,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    # What may take longer than others is not traced: to read the frames of a thread that runs can crash.
+    if item.get_closest_marker("timeout"):
+        faulthandler.cancel_dump_traceback_later()
     if item.get_closest_marker("root") and not has_capability(CAP_SYS_ADMIN):
         pytest.skip("needs root (CAP_SYS_ADMIN)")
     for marker in item.iter_markers("needs"):

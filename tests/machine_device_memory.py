@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from machine_uses import UseSteps
 from model import HUGE, NONE, PAGE, READ, WRITE
 from racing import in_child
 from seams import errno_of, foreign
@@ -40,7 +41,7 @@ class Page:
     data: bytes
 
 
-class DeviceMemoryMachine(RuleBasedStateMachine):
+class DeviceMemoryMachine(UseSteps, RuleBasedStateMachine):
     """Two small device memories of one owner, one device that uses both in place."""
 
     delivery = "thread"
@@ -156,9 +157,14 @@ class DeviceMemoryMachine(RuleBasedStateMachine):
         page, at = self.pages[start], start + offset * 8
         if page.kind == "shared" or page.prot != WRITE:
             return
-        before = int.from_bytes(page.data[offset * 8 : offset * 8 + 8], "little")
-        assert self.driver.device.atomic_add(self.mm, at, value) == before
-        self.wrote(at, ((before + value) % (1 << 64)).to_bytes(8, "little"))
+        device, before = self.driver.device, int.from_bytes(page.data[offset * 8 : offset * 8 + 8], "little")
+        after = (before + value) % (1 << 64)
+        if value % 2:
+            assert device.atomic_add(self.mm, at, value) == before
+        else:
+            assert device.compare_and_swap(self.mm, at, before + 1, 0) == before
+            assert device.compare_and_swap(self.mm, at, before, after) == before
+        self.wrote(at, after.to_bytes(8, "little"))
 
     @precondition(mapped)
     @rule(pick=PICKS, api=st.booleans(), prot=PROTS)
@@ -169,10 +175,13 @@ class DeviceMemoryMachine(RuleBasedStateMachine):
             self.pages[addr].prot = prot
 
     @precondition(mapped)
-    @rule(pick=PICKS, api=st.booleans())
-    def drop(self, pick: tuple[int, int, int], api: bool) -> None:
+    @rule(pick=PICKS, how=st.sampled_from(("api", "foreign", "reaper")))
+    def drop(self, pick: tuple[int, int, int], how: str) -> None:
         start, end = self.span(pick)
-        self.by(api).madvise(start, end - start, DONTNEED)
+        if how == "reaper":
+            self.mm.oom_reap(start, end)
+        else:
+            self.by(how == "api").madvise(start, end - start, DONTNEED)
         for addr in range(start, end, PAGE):
             if self.pages[addr].kind != "shared":
                 self.pages[addr].data = bytes(PAGE)
@@ -228,6 +237,13 @@ class DeviceMemoryMachine(RuleBasedStateMachine):
         assert stats["device_resident"] == held + sum(vram.used // PAGE for vram in self.vrams)
         assert (stats["device_child_lost"], stats["callback_errors"]) == (0, 0)
         assert self.driver.device.stats.stale == 0
+
+    @invariant()
+    def the_devices_table_is_the_cpus(self) -> None:
+        self.mm.sync()
+        table = self.driver.device.page_table
+        if table.stats()["entries"]:
+            assert [table.verify(addr, addr + PAGE) for addr in self.pages] == [None] * len(self.pages)
 
     @invariant()
     def a_walk_shows_what_is_where(self) -> None:
