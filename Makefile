@@ -47,18 +47,22 @@ format: build $(LINTERS) ## put the layout of Python and C files right
 check-native: ## C tests: plain, with ASan and UBSan, with TSan
 	@$(MAKE) -s -C native check
 
-# What has a substitute: one without each, and one without all. PYMIRROR_DISABLE has all the names there are.
+# Some tests without each feature, all tests without many at once. SUBSTITUTED: only speed or exactness is lost.
 COMMA := ,
 EMPTY :=
+together = $(subst $(EMPTY) $(EMPTY),$(COMMA),$(strip $1))
 SUBSTITUTED := pagemap_scan procmap_query populate event_fork wp_unpopulated wp_async
-FEATURES ?= $(SUBSTITUTED) $(subst $(EMPTY) $(EMPTY),$(COMMA),$(SUBSTITUTED))
+FEATURES ?= $(SUBSTITUTED) move io_uring pfn sigbus uffd uffd_kernel uffd_events process_vm pagemap \
+	$(call together,$(SUBSTITUTED))
 FEATURE_TESTS ?= $(addprefix tests/test_,walk.py hmm.py mm.py notifier.py page_table.py device.py gup.py migrate.py \
-	migrate_copied.py migrate_used.py migrate_ends.py \
-	exclusive.py hmm_dma_map.py)
+	migrate_copied.py migrate_used.py migrate_ends.py exclusive.py hmm_dma_map.py)
+AT_ONCE ?= $(call together,move pagemap_scan procmap_query wp_async io_uring pfn)
+AT_ONCE_TESTS ?= tests
+without = echo "without $1" && PYMIRROR_DISABLE=$1 $(BIN)/python -m pytest $2 $(PYTEST_ARGS)
 
-check-features: build ## tests with features switched off; FEATURES= and FEATURE_TESTS= choose which
-	@for off in $(FEATURES); do echo "without $$off" && \
-	PYMIRROR_DISABLE=$$off $(BIN)/python -m pytest $(FEATURE_TESTS) $(PYTEST_ARGS) || exit 1; done
+check-features: build ## tests with features switched off: FEATURES= one by one, AT_ONCE= all tests without these
+	@for off in $(FEATURES); do $(call without,$$off,$(FEATURE_TESTS)) || exit 1; done
+	@$(if $(AT_ONCE),$(call without,$(AT_ONCE),$(AT_ONCE_TESTS)))
 
 # What an earlier version left in build/lib would be in the wheel.
 wheel: build ## an abi3 wheel for this machine's libc, in dist/

@@ -14,7 +14,9 @@ import faulthandler
 import gc
 import os
 import signal
+import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,12 +147,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line)
 
 
+def forget_traceback() -> None:
+    """Of a test that was cut short: it holds what that had made and could not close."""
+    for name in ("last_type", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            delattr(sys, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = Holdings.now()
     yield
     if request.node.stash.get(_CUT_SHORT, False):
-        return  # the traceback still holds what the test had made
+        forget_traceback()
+        return
     lines = armed_seams() + left_behind(before)
     if lines:
         pytest.fail("left behind:\n  " + "\n  ".join(lines), pytrace=False)

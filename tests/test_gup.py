@@ -111,6 +111,8 @@ KINDS: dict[str, Callable[[pm.AddressSpace], pm.Region]] = {
     [pytest.param(name, marks=pytest.mark.hugetlb if "hugetlb" in name else ()) for name in KINDS],
 )
 def test_kinds_of_memory(mm: pm.AddressSpace, kind: str) -> None:
+    if "hugetlb" in kind:
+        needs("pagemap")
     buf = KINDS[kind](mm)
     before = kept()
     with pm.pin_user_pages(mm, buf.addr + PAGE, 2) as pin:

@@ -292,6 +292,7 @@ class TestChangesOfMemory:
             assert mm.stats()["events"]["MIGRATE"] >= 1
 
     def test_a_child_of_a_child(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        needs("uffd_kernel")
         buf = patterned(mm)
         to_device(buf, vram)
         content = pattern(PAGES).tobytes()

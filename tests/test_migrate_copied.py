@@ -164,7 +164,7 @@ class TestMemoryThatDoesNotMove:
     def test_what_walks_have_locked_is_not_the_processs(
         self, mm: pm.AddressSpace, vram: pm.DeviceMemory
     ) -> None:
-        needs("pagemap_scan")
+        needs("pagemap_scan", "pfn")
         buf = mm.mmap(8 * pm.MiB, huge="thp")
         np.frombuffer(buf, np.uint8)[:] = 7
         with pm.Mirror(mm) as mirror:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from migrating import PAGES, intact, pattern, patterned, to_device
 from mirroring import DELIVERIES, PAGE, space_by
-from seams import errno_of
+from seams import errno_of, needs
 
 import pymirror as pm
+from pymirror.device_memory import NEEDS
 
 pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
 
@@ -44,6 +45,7 @@ class TestEnds:
 
     @pytest.mark.parametrize("delivery", ["thread", "inline"])
     def test_closing_the_address_space(self, delivery: str) -> None:
+        needs(*NEEDS[delivery])
         vram = pm.DeviceMemory(pm.Device("d8"), pm.MiB)
         mm = pm.AddressSpace(fault_delivery=delivery)
         buf = patterned(mm)
@@ -57,6 +59,7 @@ class TestEnds:
     @pytest.mark.parametrize("delivery", ["thread", "inline"])
     @pytest.mark.parametrize("touched", [True, False])
     def test_closing_the_address_space_where_pages_do_not_move(self, touched: bool, delivery: str) -> None:
+        needs(*NEEDS[delivery])
         vram = pm.DeviceMemory(pm.Device("d9"), pm.MiB)
         mm = pm.AddressSpace(fault_delivery=delivery)
         buf = patterned(mm, 1) if touched else mm.mmap(PAGE)
@@ -72,6 +75,7 @@ class TestEnds:
     @pytest.mark.parametrize("delivery", ["thread", "inline"])
     @pytest.mark.parametrize("ending", ["pass", "import os; os._exit(0)", "raise SystemExit(0)"])
     def test_the_interpreters_exit(self, ending: str, delivery: str) -> None:
+        needs(*NEEDS[delivery])
         program = (
             "import pymirror as pm\n"
             f"mm = pm.AddressSpace(fault_delivery={delivery!r})\n"
@@ -85,6 +89,7 @@ class TestEnds:
 
 def test_a_child_in_a_pid_namespace_of_its_own() -> None:
     """Its parent has no number there, and is alive all the same."""
+    needs(*NEEDS["thread"])
     program = (
         "import ctypes, os\n"
         "import numpy as np, pymirror as pm\n"

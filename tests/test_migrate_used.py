@@ -77,6 +77,7 @@ class TestProtection:
         assert int(self.snapshot(mm, buf, None)[0]) & pm.HMM_PFN_WRITE
 
 
+@pytest.mark.needs("process_vm")
 class TestAccessByTheDevice:
     """A device reads and writes its own memory where it is."""
 

@@ -50,6 +50,7 @@ def test_its_repr_says_whose_it_is_and_what_is_in_it(mm: pm.AddressSpace, driver
     assert repr(table) == f"<PageTable of {mm!r}, 0 entries>"
 
 
+@pytest.mark.needs("process_vm")
 class TestFenceAndClear:
     def test_an_operation_fences_and_the_callback_clears(
         self, mm: pm.AddressSpace, driver: FaultDriver

@@ -25,6 +25,7 @@ def driver(mm: pm.AddressSpace) -> Iterator[Driver]:
         yield driver
 
 
+@pytest.mark.needs("pagemap")
 class TestSnapshot:
     def test_it_shows_what_is_there_and_faults_nothing(self, mm: pm.AddressSpace, driver: Driver) -> None:
         buf = mm.mmap(4 * PAGE)
@@ -105,6 +106,7 @@ class TestSnapshot:
             assert pm.hmm_range_snapshot(rng) == rng.seq
 
 
+@pytest.mark.needs("pagemap")
 class TestFault:
     @pytest.mark.parametrize(("flags", "can_write"), [(FAULT, False), (WRITE, True)])
     def test_it_faults_what_is_asked_for(
