@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import trace
 from ._shim import ffi, lib
-from .arguments import shown
+from .arguments import integer, shown
 from .callback import may_wait
 from .device_fault import FAULT_REASONS, DeviceFault, DeviceStats, FaultHandler, FaultReason, StaleAccessError
 from .dma.device import DmaDevice
@@ -270,7 +270,7 @@ class _Patience:
 
 def check_access(mm: AddressSpace, what: str, addr: int, size: int) -> int:
     """The address as an int; EINVAL where [addr, addr + size) leaves the address space."""
-    addr, size = operator.index(addr), operator.index(size)
+    addr, size = integer(what, "addr", addr), integer(what, "size", size)
     if 0 <= addr <= addr + size <= USER_END:
         return addr
     if size < 0:

@@ -9,7 +9,6 @@ address is another page. See docs/pinning.md.
 from __future__ import annotations
 
 import errno
-import operator
 import os
 import warnings
 from types import TracebackType
@@ -91,8 +90,8 @@ class PinnedPages(RangeBase):
 
     def read(self, offset: int = 0, n: int | None = None) -> bytes:
         """Read n bytes (None: all the rest) from offset on. Errors as read_into()."""
-        offset = operator.index(offset)
-        n = max(0, len(self) - offset) if n is None else operator.index(n)
+        offset = integer("PinnedPages.read", "offset", offset)
+        n = max(0, len(self) - offset) if n is None else integer("PinnedPages.read", "n", n)
         self._check_inside("read", offset, n)
         into = bytearray(n)
         self.read_into(offset, into)
@@ -155,7 +154,7 @@ class PinnedPages(RangeBase):
         options.pfns = ffi.from_buffer("uint64_t[]", self._pfns)
 
     def _access(self, what: str, offset: int, memory: Any, write: bool) -> None:
-        offset, size = operator.index(offset), len(memory)
+        offset, size = integer(f"PinnedPages.{what}", "offset", offset), len(memory)
         self._check_inside(what, offset, size)
         done, step = 0, ffi.new("uint64_t *")
         while done < size:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import mmap as _mmap
-import operator
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +19,7 @@ from . import affected
 from ._shim import ffi, lib
 from .adopt import Adopted
 from .affected import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, USER_END, Interval
+from .arguments import integer
 from .errors import MirrorError, check, error
 from .event import Event, Guarantee
 from .mapping import backing, check_mmap, map_memory
@@ -62,7 +62,7 @@ class MemoryOperations(Operation):
         of mmap(2). This and the other operations are ESRCH once the mm is closed, and in a forked child, and
         EDEADLK in a callback, under a driver lock and under the thread's own read_lock().
         """
-        size, offset = check_mmap(operator.index(size), operator.index(offset), fd, huge)
+        size, offset = check_mmap(size, offset, fd, huge)
         with self._operation("mmap") as span, ExitStack() as undo:
             fd = backing(size, shared, fd, huge)
             if fd >= 0:
@@ -118,7 +118,7 @@ class MemoryOperations(Operation):
         EDEADLK as mmap().
         """
         start, end = affected.check_span(self, "mprotect", addr, size)
-        prot = operator.index(prot)
+        prot = integer("mprotect", "prot", prot)
         if prot & ~0xF:
             wrong = f"prot {prot:#x} is not made of PROT_READ, PROT_WRITE and PROT_EXEC"
             hint = "give mmap.PROT_READ | mmap.PROT_WRITE, or what else is wanted of these"
@@ -138,7 +138,7 @@ class MemoryOperations(Operation):
         mmap().
         """
         start, end = affected.check_span(self, "madvise", addr, size)
-        advice = operator.index(advice)
+        advice = integer("madvise", "advice", advice)
         with self._operation(f"madvise {advice}", start, end, write=False):
             if affected.discards(advice):
                 self._keep_adopted(f"madvise {advice}", start, end, force)

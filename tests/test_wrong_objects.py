@@ -153,6 +153,65 @@ def test_every_parameter_is_known() -> None:
     assert needed <= set(RIGHT)
 
 
+#: Methods by what they are called with that has to be an integer, one at a time.
+METHODS: dict[str, Callable[[World, Any], object]] = {
+    "AddressSpace.find_vma(addr)": lambda w, wrong: w.mm.find_vma(wrong),
+    "AddressSpace.vma_lookup(addr)": lambda w, wrong: w.mm.vma_lookup(wrong),
+    "AddressSpace.vmas(start)": lambda w, wrong: w.mm.vmas(wrong),
+    "AddressSpace.vmas(end)": lambda w, wrong: w.mm.vmas(0, wrong),
+    "AddressSpace.mmap(size)": lambda w, wrong: w.mm.mmap(wrong),
+    "AddressSpace.mmap(fd)": lambda w, wrong: w.mm.mmap(PAGE, fd=wrong),
+    "AddressSpace.munmap(size)": lambda w, wrong: w.mm.munmap(w.start, wrong),
+    "AddressSpace.mremap(new_size)": lambda w, wrong: w.mm.mremap(w.start, PAGE, wrong),
+    "AddressSpace.mremap(flags)": lambda w, wrong: w.mm.mremap(w.start, PAGE, PAGE, flags=wrong),
+    "AddressSpace.watch(start)": lambda w, wrong: w.mm.watch(wrong, w.end),
+    "Mirror.range(start)": lambda w, wrong: w.driver.range(wrong, w.end),
+    "PageTable.entries(end)": lambda w, wrong: w.table.entries(w.start, wrong),
+    "PageTable.clear(start)": lambda w, wrong: w.table.clear(wrong, w.end),
+    "PageTable.who_mapped(addr)": lambda w, wrong: w.table.who_mapped(wrong),
+    "Device.dma_read(daddr)": lambda w, wrong: w.device.dma_read(wrong, 8),
+    "Device.dma_read(size)": lambda w, wrong: w.device.dma_read(w.daddr, wrong),
+    "Device.dma_write(daddr)": lambda w, wrong: w.device.dma_write(wrong, b"x"),
+    "DeviceMemory.holds(start)": lambda w, wrong: w.vram.holds(wrong, w.end),
+    "DeviceMemory(size)": lambda w, wrong: pm.DeviceMemory(w.device, wrong),
+    "Device.read(addr)": lambda w, wrong: w.device.read(w.mm, wrong, 8),
+    "Device.atomic_add(addr)": lambda w, wrong: w.device.atomic_add(w.mm, wrong, 1),
+    "PinnedPages.read(offset)": lambda w, wrong: w.pin.read(wrong, 8),
+    "PinnedPages.write(offset)": lambda w, wrong: w.pin.write(wrong, b"x"),
+    "AddressSpace.madvise(advice)": lambda w, wrong: w.mm.madvise(w.start, PAGE, wrong),
+    "AddressSpace.mprotect(prot)": lambda w, wrong: w.mm.mprotect(w.start, PAGE, wrong),
+    "FaultBuffer(size)": lambda w, wrong: pm.FaultBuffer(wrong),
+    "HmmDmaMap.entries(start)": lambda w, wrong: w.dma_map.entries(wrong, w.end),
+    "IommuDomain(first)": lambda w, wrong: pm.IommuDomain(first=wrong),
+    "IommuDomain.mapping_of(cookie)": lambda w, wrong: w.domain.mapping_of(wrong),
+    "Device(mask)": lambda w, wrong: pm.Device("d1", dma_mask=wrong),
+    "AddressSpace(queue_length)": lambda w, wrong: pm.AddressSpace(queue_length=wrong),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_number_for_a_method(made: World, name: str) -> None:
+    place = name[name.index("(") + 1 : -1]
+    for wrong in ("wrong", object(), [1], 2.5):
+        with pytest.raises(TypeError, match=f" {place}=.* cannot be interpreted as an integer"):
+            METHODS[name](made, wrong)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w: w.mm.sync(timeout="soon"),
+        lambda w: w.sub.read_begin(timeout="soon"),
+        lambda w: w.whole.unregister(timeout="soon"),
+        lambda w: pm.DeviceMemory(w.device, PAGE, timeslice="soon"),
+    ],
+    ids=["sync", "read_begin", "unregister", "timeslice"],
+)
+def test_no_time(made: World, call: Callable[[World], object]) -> None:
+    with pytest.raises(TypeError, match=r" (timeout|timeslice)='soon'"):
+        call(made)
+
+
 class TestSpans:
     def test_pages_that_device_memory_holds(self, made: World) -> None:
         """No array is made for an interval that is none, whether the memory serves an mm or not."""
