@@ -12,6 +12,7 @@
 /* An entry of the tree: the address of the slot, and these. */
 #define PM_RESIDENT 1ULL
 #define PM_RESIDENT_WRITE 2ULL /* the CPU's mapping of the page was writable, and is to be so again */
+#define PM_RESIDENT_GUARD 4ULL /* a guard stands where it was, see guard.c */
 
 /* PFNs of device memory stand above those of any RAM: this bit, and the number of the slot's page. */
 #define PM_PFN_DEVICE (1ULL << 51)
@@ -216,6 +217,20 @@ bool pm_lifting(const struct pm_mm *mm, uint64_t slot, uint64_t n);
 struct uffd_msg;
 bool pm_lift_claims(const struct pm_mm *mm, const struct uffd_msg *msg);
 bool pm_memory_locked(void);
+
+/* guard.c */
+bool pm_can_guard(const struct pm_mm *mm, const struct pm_vma *vma);
+bool pm_guarded(struct pm_devices *devices, uint64_t addr); /* with the lock held */
+/* As pm_lift(), of private mappings of files; also -EBUSY: another handler of SIGSEGV would get the faults.
+ */
+int pm_guard_out(struct pm_devmem *vram, struct pm_lift *lift);
+/* With the lock held, guarded pages that have slots in a row: bytes that are home, from the first on, or an
+ * errno. */
+int64_t pm_guard_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len);
+/* The monitor's, at an event REMOVE: the pages become the file's, so no guard is to stand there. */
+void pm_guard_removed(struct pm_mm *mm, uint64_t start, uint64_t end);
+/* The next guarded pages at or after *addr, in a row. Takes the lock. */
+bool pm_guard_next(struct pm_mm *mm, uint64_t *addr, uint64_t *end);
 
 /* coherent.c */
 int pm_coherent_take(struct pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);

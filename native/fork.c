@@ -47,16 +47,34 @@ static void open_piece(struct pm_mm *mm, enum pm_event_type type, uint64_t start
     pm_status_update(mm);
 }
 
-/* Without the kernel's message nobody could copy: all comes home, and its drivers know of no other reason. */
-static void leave_devices(struct pm_mm *mm)
+/* Its drivers know of no other reason why pages come home. */
+static void tell_of_leaving(struct pm_mm *mm)
 {
-    uint64_t moved = 0;
-
     pm_lock(mm);
     open_piece(mm, PM_MIGRATE, 0, 0);
     mm->stats.events[PM_MIGRATE]++;
     pm_unlock(mm);
+}
+
+/* Without the kernel's message nobody could copy: all comes home. */
+static void leave_devices(struct pm_mm *mm)
+{
+    uint64_t moved = 0;
+
+    tell_of_leaving(mm);
     pm_home_all(mm, 0, PM_USER_END, NULL, &moved);
+}
+
+/* Nor can the pages of the child be filled where guards are. */
+static void leave_guarded(struct pm_mm *mm)
+{
+    uint64_t moved = 0, addr = 0, end;
+
+    if (!pm_guard_next(mm, &addr, &end))
+        return;
+    tell_of_leaving(mm);
+    for (; pm_guard_next(mm, &addr, &end); addr = end)
+        pm_home_all(mm, addr, end, NULL, &moved);
 }
 
 /* Nothing leaves any more: fork_tid is set. */
@@ -84,6 +102,7 @@ static void prepare_devices(struct pm_mm *mm)
         leave_devices(mm);
     else if (mm->devices->exclusive)
         pm_home_all(mm, 0, PM_USER_END, mm->devices->exclusive, &moved);
+    leave_guarded(mm);
     pm_lock(mm);
     pm_resident_protect(mm, 0, PM_USER_END);
     pm_unlock(mm);
@@ -143,6 +162,7 @@ static void child_mm(struct pm_mm *mm)
     child_close(mm->ring_fd);
     child_close(mm->stage_fd);
     child_close(mm->arena_fd);
+    child_close(mm->mem_fd);
 }
 
 static void prepare(void)

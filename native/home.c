@@ -109,8 +109,11 @@ int64_t pm_home_run(struct pm_mm *mm, const struct pm_spot *spot, uint64_t len)
 
     if (pm_lifting(mm, spot->slot, len >> PM_PAGE_SHIFT))
         return -EAGAIN;
-    got = move_home(mm, spot->addr, spot->slot, len, wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
-    if (got < 0 && got != -EAGAIN) {
+    if (spot->word & PM_RESIDENT_GUARD)
+        got = pm_guard_home(mm, spot->addr, spot->slot, len);
+    else
+        got = move_home(mm, spot->addr, spot->slot, len, wakes ? 0 : PM_ABI_UFFDIO_MOVE_MODE_DONTWAKE);
+    if (got < 0 && got != -EAGAIN && !(spot->word & PM_RESIDENT_GUARD)) {
         got = copy_home(mm, spot->addr, spot->slot, len);
         wakes = false;
     }

@@ -82,6 +82,12 @@ void pm_home_child(struct pm_mm *mm, int child_uffd)
         uint64_t slot = pm_resident(devices, addr), n = pm_resident_run(devices, addr, PM_USER_END), unused;
         uint64_t from = contents(mm, slot, &n);
 
+        /* Only memory that userfaultfd serves can be filled in the child. */
+        if (pm_guarded(devices, addr)) {
+            devices->stats.child_lost += n;
+            addr += n << PM_PAGE_SHIFT;
+            continue;
+        }
         /* They were at home still when the child was made. */
         unused = n;
         n = from ? used_run(mm, from, n, &unused) : 0;

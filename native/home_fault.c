@@ -171,7 +171,7 @@ static bool defer(struct pm_mm *mm, const struct pm_spot *spot)
 
     if (!until || until <= pm_now_ns())
         return false;
-    if (mm->inline_faults)
+    if (mm->inline_faults || (spot->word & PM_RESIDENT_GUARD))
         return true;
     if (mm->ndeferred == PM_DEFERRED_MAX)
         return false;

@@ -3,8 +3,9 @@
  * inline.c - CPU faults on device-resident pages, served in the thread that takes them.
  *
  * The watch descriptor of an mm with inline delivery has UFFD_FEATURE_SIGBUS: a touch of a hole that faults
- * is a SIGBUS there and then, a system call on one is EFAULT. The handler (sigbus.c) does what the monitor
+ * is a SIGBUS there and then, a system call on one is EFAULT. The handler (handler.c) does what the monitor
  * does for the other mms: the page comes home, or is filled with zeroes, and the thread touches it again.
+ * With either delivery it does so for guarded pages (guard.c), a touch of which is SIGSEGV.
  *
  * It takes one lock, the device lock of the mm that watches the address, and that cannot deadlock:
  * - Who holds a device lock touches no mirrored memory, and has all signals blocked: no thread comes here
@@ -21,17 +22,20 @@
  *   watched, see inherited().
  */
 #include <errno.h>
+#include <signal.h>
 #include <stdlib.h>
 
 #include "devmem.h"
 #include "inline.h"
 
-enum { AGAIN_LIMIT = 64 };
+enum { AGAIN_LIMIT = 64, IDLE_LIMIT = 64 };
+static const uint64_t idle_ns = 10ULL * 1000 * 1000;
 static const uint64_t quiet_limit_ns = 1000ULL * 1000 * 1000;
 static const uint64_t leave_limit_ns = 5000ULL * 1000 * 1000;
 static const uint64_t child_limit_ns = 30000ULL * 1000 * 1000;
 
-enum verdict { NOT_OURS, SERVED, AGAIN };
+/* IDLE: of what is watched, and nothing was to be done: another thread may have been faster. */
+enum verdict { NOT_OURS, IDLE, SERVED, AGAIN };
 
 /* Made once, used again, never freed. */
 struct context {
@@ -43,8 +47,11 @@ struct context {
 
 static _Atomic(struct context *) contexts;
 
-/* The page of this thread's last fault that was none of ours, | 1. */
-static _Thread_local uint64_t refused __attribute__((tls_model("initial-exec")));
+/* This thread's last fault for which nothing was to be done, and how many there were, one upon the other. */
+static _Thread_local struct {
+    uint64_t addr, at_ns;
+    unsigned times;
+} idle __attribute__((tls_model("initial-exec")));
 
 /* The mm of a context, which does not go away before put_mm(). */
 static struct pm_mm *get_mm(struct context *context)
@@ -110,18 +117,34 @@ static enum verdict serve_locked(struct pm_mm *mm, uint64_t addr)
     if ((spot.word && pm_watch_lists(mm, addr)) || (fills(mm, addr, &vma) && watches(mm, addr, &vma)))
         verdict = bring_home(mm, &spot);
     mm->met_unread = verdict == AGAIN;
-    return verdict == NOT_OURS && pm_events_unread(mm) ? AGAIN : verdict;
+    if (verdict == NOT_OURS)
+        verdict = pm_events_unread(mm) ? AGAIN : pm_watch_lists(mm, addr) ? IDLE : NOT_OURS;
+    return verdict;
+}
+
+/* The same for a guarded page. Device writes are waited for without the lock, so it is asked again. */
+static enum verdict serve_guard_locked(struct pm_mm *mm, uint64_t addr)
+{
+    const uint64_t around = addr & ~(PM_HUGE_SIZE - 1);
+    enum verdict verdict = pm_watch_lists(mm, addr) ? IDLE : NOT_OURS;
+    struct pm_spot spot;
+
+    if (!mm->devices || !pm_guarded(mm->devices, addr))
+        return verdict;
+    pm_drain_writes(mm, around, around + PM_HUGE_SIZE - 1, pm_now_ns() + quiet_limit_ns);
+    spot = pm_spot_at(mm->devices, addr);
+    return spot.word & PM_RESIDENT_GUARD ? bring_home(mm, &spot) : IDLE;
 }
 
 /* As pm_lock() does, but for signals, which the kernel has blocked for the handler. */
-static enum verdict serve(struct pm_mm *mm, uint64_t addr)
+static enum verdict serve(struct pm_mm *mm, int sig, uint64_t addr)
 {
     enum verdict verdict;
 
     pm_point(PM_POINT_INLINE_FAULT);
     pthread_mutex_lock(&mm->lock);
     pm_status_lock(mm, true);
-    verdict = serve_locked(mm, addr);
+    verdict = sig == SIGSEGV ? serve_guard_locked(mm, addr) : serve_locked(mm, addr);
     pm_status_update(mm);
     pm_status_lock(mm, false);
     pthread_mutex_unlock(&mm->lock);
@@ -143,39 +166,46 @@ static enum verdict inherited(struct context *context, const struct pm_mm *mm, u
     return now - since < child_limit_ns ? AGAIN : NOT_OURS;
 }
 
-static enum verdict ask(struct context *context, uint64_t addr)
+static enum verdict ask(struct context *context, int sig, uint64_t addr)
 {
     struct pm_mm *mm = get_mm(context);
-    enum verdict verdict;
+    enum verdict verdict = NOT_OURS;
 
     if (!mm)
         return NOT_OURS;
-    verdict = pm_mm_owned(mm) ? serve(mm, addr) : inherited(context, mm, addr);
+    if (pm_mm_owned(mm) && (sig == SIGSEGV || mm->inline_faults))
+        verdict = serve(mm, sig, addr);
+    else if (!pm_mm_owned(mm) && sig == SIGBUS)
+        verdict = inherited(context, mm, addr);
     put_mm(context);
     return verdict;
 }
 
-bool pm_inline_touch(uint64_t addr)
+/*
+ * The page may have come home, and its mm have gone, since the touch. Of a fault for another reason the same
+ * is true again at once, and again.
+ */
+static bool may_have_changed(uint64_t addr, enum verdict verdict)
+{
+    uint64_t now = pm_now_ns();
+
+    idle.times = idle.addr == addr && now - idle.at_ns < idle_ns ? idle.times + 1 : 1;
+    idle.addr = addr;
+    idle.at_ns = now;
+    return idle.times < (verdict == IDLE ? IDLE_LIMIT : 2);
+}
+
+bool pm_inline_touch(int sig, uint64_t addr)
 {
     enum verdict verdict = NOT_OURS;
 
     addr = pm_page_down(addr);
     for (struct context *context = atomic_load(&contexts); context && verdict != SERVED;
-         context = context->next) {
-        enum verdict answer = ask(context, addr);
-
-        if (answer != NOT_OURS)
-            verdict = answer;
-    }
+         context = context->next)
+        verdict = (enum verdict)pm_max(verdict, ask(context, sig, addr));
     if (verdict == AGAIN)
         pm_doze();
-    /* The page may have come home, and its mm have gone, since the touch: the second time it is not so. */
-    if (verdict == NOT_OURS && refused != (addr | 1)) {
-        refused = addr | 1;
-        return true;
-    }
-    refused = 0;
-    return verdict != NOT_OURS;
+    return verdict > IDLE || may_have_changed(addr, verdict);
 }
 
 /* With the device lock held: pages of [start, end), in one 2 MiB range, that were filled with zeroes. */
@@ -207,7 +237,7 @@ static int64_t make_present(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_vma vma;
     int64_t got = 0;
-    bool filled = fills(mm, start, &vma);
+    bool filled = mm->inline_faults && fills(mm, start, &vma);
 
     if (!mm->devices || !(filled ? watches(mm, start, &vma) : pm_watch_lists(mm, start)))
         return 0;
@@ -304,18 +334,26 @@ static int enlist(struct pm_mm *mm)
     return 0;
 }
 
-int pm_inline_join(struct pm_mm *mm)
+static int join(struct pm_mm *mm, int sig)
 {
     int err;
 
-    if (!mm->inline_faults)
-        return 0;
     pm_registry_lock();
-    err = pm_sigbus_install();
+    err = pm_handler_install(sig);
     if (!err)
         err = enlist(mm);
     pm_registry_unlock();
     return err;
+}
+
+int pm_inline_join(struct pm_mm *mm)
+{
+    return mm->inline_faults ? join(mm, SIGBUS) : 0;
+}
+
+int pm_inline_join_guards(struct pm_mm *mm)
+{
+    return join(mm, SIGSEGV);
 }
 
 void pm_inline_leave(struct pm_mm *mm)

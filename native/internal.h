@@ -263,6 +263,7 @@ struct pm_mm {
 
     struct pm_devices *devices; /* from the first device memory on; see devmem.h */
     int arena_fd;               /* the userfaultfd of arenas */
+    int mem_fd;                 /* /proc/self/mem, from the first guarded page on; see guard.c */
     /* What lift.c has under way, under the device lock: `len` bytes from `addr` to `slot`, 0: nothing. They
      * are in `area` meanwhile; [back, back_end): what goes back. */
     struct {
@@ -284,6 +285,7 @@ struct pm_mm {
     bool monitor_running;
     atomic_bool stop_monitor;
     bool protect_after_fork; /* a raw clone was seen; the monitor's own */
+    atomic_bool protecting;  /* ... and it write-protects what is watched */
 
     struct pm_mm_stats stats; /* under the device lock, but for populated_pages */
     atomic_uint_least64_t populated;

@@ -96,7 +96,7 @@ int pm_migrate_level(pm_mm *mm, uint64_t start, uint64_t end)
     return err;
 }
 
-enum way { STAY, MOVE, LIFT };
+enum way { STAY, MOVE, LIFT, GUARD };
 
 /* How memory of a vma gets to a device. */
 static enum way way_of(const struct pm_mm *mm, const struct pm_vma *vma)
@@ -104,14 +104,18 @@ static enum way way_of(const struct pm_mm *mm, const struct pm_vma *vma)
     if (vma->flags & (PM_VMA_SHARED | PM_VMA_HUGETLB | PM_VMA_SPECIAL))
         return STAY;
     /* Inline, each touch of a page of the file would be a signal, and each system call on one refused. */
+    if ((vma->flags & PM_VMA_FILE) && pm_is_shmem(vma) && !mm->inline_faults)
+        return LIFT;
     if (vma->flags & PM_VMA_FILE)
-        return pm_is_shmem(vma) && !mm->inline_faults ? LIFT : STAY;
+        return pm_can_guard(mm, vma) ? GUARD : STAY;
     return (vma->flags & PM_VMA_WRITE) && pm_have(mm, PM_FEAT_UFFD_MOVE) ? MOVE : LIFT;
 }
 
 bool pm_movable(const struct pm_mm *mm, const struct pm_vma *vma)
 {
-    return way_of(mm, vma) != STAY;
+    enum way way = way_of(mm, vma);
+
+    return way == MOVE || way == LIFT;
 }
 
 /* Of a mapping of a file only what is a copy of this process's own; of other memory all. */
@@ -139,9 +143,18 @@ static uint64_t next_lift(struct pm_devmem *vram, const struct pm_vma *vma, uint
     return n;
 }
 
+static int lift_by(enum way way, struct pm_devmem *vram, const struct pm_vma *vma, struct pm_lift *lift)
+{
+    if (way == GUARD)
+        return pm_guard_out(vram, lift);
+    if (set_missing(vram->mm, vma, lift->addr, lift->addr + (lift->n << PM_PAGE_SHIFT)))
+        return -EOPNOTSUPP;
+    return pm_lift(vram, lift);
+}
+
 /* One 2 MiB range, or a part of it, of memory that UFFDIO_MOVE refuses. */
-static int lift_range(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t addr, uint64_t end,
-                      uint64_t *moved)
+static int lift_range(struct pm_devmem *vram, enum way way, const struct pm_vma *vma, uint64_t addr,
+                      uint64_t end, uint64_t *moved)
 {
     uint64_t seen[PM_HUGE_PAGES], n = (end - addr) >> PM_PAGE_SHIFT, start = addr, most = n;
     bool writable[PM_HUGE_PAGES];
@@ -156,12 +169,12 @@ static int lift_range(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t
         uint64_t from = addr;
 
         lift.n = pm_min(most, next_lift(vram, vma, &addr, end, at));
-        if (!lift.n || set_missing(vram->mm, vma, addr, addr + (lift.n << PM_PAGE_SHIFT)))
+        if (!lift.n)
             return 0;
         at += (addr - from) >> PM_PAGE_SHIFT;
         lift.addr = addr;
         lift.writable = writable + (at - seen);
-        err = pm_lift(vram, &lift);
+        err = lift_by(way, vram, vma, &lift);
         if (err == -EAGAIN && lift.n > 1) {
             most = 1;
             err = 0;
@@ -195,13 +208,13 @@ static int move_step(struct pm_devmem *vram, uint64_t *addr, uint64_t end, uint6
     return pm_move_range(vram, before, *addr, moved);
 }
 
-static int lift_step(struct pm_devmem *vram, const struct pm_vma *vma, uint64_t *addr, uint64_t end,
-                     uint64_t *moved)
+static int lift_step(struct pm_devmem *vram, enum way way, const struct pm_vma *vma, uint64_t *addr,
+                     uint64_t end, uint64_t *moved)
 {
     uint64_t before = *addr;
 
     *addr = step_end(vram, before, end);
-    return lift_range(vram, vma, before, *addr, moved);
+    return lift_range(vram, way, vma, before, *addr, moved);
 }
 
 /* With watch_lock held. Memory that cannot be watched, or moved, stays where it is. */
@@ -211,12 +224,15 @@ static int move_out_vma(struct pm_devmem *vram, const struct pm_vma *vma, uint64
     enum way way = way_of(vram->mm, vma);
     int err = 0;
 
-    if (way == STAY || (way == LIFT && pm_memory_locked()) || !pm_watched(vram->mm, start, end))
+    if (way == STAY || (way == GUARD && vram->exclusive) || !pm_watched(vram->mm, start, end))
+        return 0;
+    if (way != MOVE && pm_memory_locked())
         return 0;
     if (way == MOVE && set_missing(vram->mm, vma, start, end))
         return 0;
     while (!err && start < end)
-        err = way == MOVE ? move_step(vram, &start, end, moved) : lift_step(vram, vma, &start, end, moved);
+        err =
+            way == MOVE ? move_step(vram, &start, end, moved) : lift_step(vram, way, vma, &start, end, moved);
     return err;
 }
 

@@ -166,6 +166,7 @@ static void close_files(struct pm_mm *mm)
     close_fd(&mm->tick_fd);
     close_fd(&mm->spare_fd);
     close_fd(&mm->arena_fd);
+    close_fd(&mm->mem_fd);
     pm_alone_close(mm);
     close_fd(&mm->ksm_fd);
 }
@@ -227,7 +228,7 @@ static void init_mm(struct pm_mm *mm, const struct pm_mm_options *opt)
     mm->inline_faults = opt->flags & PM_MM_INLINE;
     mm->queue_len = opt->queue_length ? opt->queue_length : PM_QUEUE_DEFAULT;
     mm->maps_fd = mm->pagemap_fd = mm->uffd = mm->tick_fd = mm->spare_fd = mm->status_fd = -1;
-    mm->ring_fd = mm->stage_fd = mm->arena_fd = mm->ksm_fd = -1;
+    mm->ring_fd = mm->stage_fd = mm->arena_fd = mm->mem_fd = mm->ksm_fd = -1;
     atomic_init(&mm->refs, 1);
     atomic_init(&mm->seq, 2);
     pthread_mutex_init(&mm->lock, NULL);

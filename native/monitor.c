@@ -165,6 +165,7 @@ static void handle(struct pm_mm *mm, const struct uffd_msg *msg)
         invalidate_now(mm, msg->arg.remove.start, msg->arg.remove.end, PM_UNMAP, 0);
         break;
     case UFFD_EVENT_REMOVE:
+        pm_guard_removed(mm, msg->arg.remove.start, msg->arg.remove.end);
         pm_devmem_drop(mm, msg->arg.remove.start, msg->arg.remove.end);
         invalidate_lingering(mm, msg->arg.remove.start, msg->arg.remove.end);
         break;
@@ -229,6 +230,7 @@ static void take_events(struct pm_mm *mm)
     atomic_store_explicit(&mm->reading, false, memory_order_release);
     protect = mm->protect_after_fork;
     mm->protect_after_fork = false;
+    atomic_store(&mm->protecting, protect);
     pm_status_update(mm);
     if (mm->status)
         mm->status->monitor_loop_ns = pm_status_since(mm);
@@ -236,6 +238,7 @@ static void take_events(struct pm_mm *mm)
     pm_unlock(mm);
     if (protect)
         pm_watch_after_fork(mm);
+    atomic_store(&mm->protecting, false);
 }
 
 /*

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "devmem.h"
 #include "inline.h"
 #include "pagemap.h"
 #include "populate.h"
@@ -92,6 +93,17 @@ int pm_populate(struct pm_mm *mm, uint64_t start, uint64_t end, bool write)
     return err;
 }
 
+/* Nobody has asked for what is on a device. */
+static void leave_resident(struct pm_mm *mm, uint64_t start, uint64_t end, unsigned char *cached)
+{
+    if (!mm->devices)
+        return;
+    pm_lock(mm);
+    for (uint64_t addr = start; pm_resident_next(mm->devices, &addr, end); addr += PM_PAGE_SIZE)
+        cached[(addr - start) >> PM_PAGE_SHIFT] = 0;
+    pm_unlock(mm);
+}
+
 /* Of [start, end), within one block of fault-around, what is in the page cache. Returns the pages asked for.
  */
 static uint64_t populate_cached(struct pm_mm *mm, uint64_t start, uint64_t end)
@@ -101,6 +113,7 @@ static uint64_t populate_cached(struct pm_mm *mm, uint64_t start, uint64_t end)
 
     if (start >= end || pm_sys_mincore(start, end - start, cached))
         return 0;
+    leave_resident(mm, start, end, cached);
     while (addr < end) {
         uint64_t first = addr;
 

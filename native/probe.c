@@ -309,6 +309,41 @@ static int try_io_uring(struct probe *probe)
     return n;
 }
 
+static int guard_page(uint64_t page)
+{
+    char byte;
+    int err, fd = pm_sys_open("/proc/self/mem", O_RDWR);
+
+    if (fd < 0)
+        return fd;
+    err = pm_sys_madvise(page, PM_PAGE_SIZE, PM_ABI_MADV_GUARD_INSTALL);
+    if (!err)
+        err = pm_sys_madvise(page, PM_PAGE_SIZE, PM_ABI_MADV_GUARD_REMOVE);
+    if (!err)
+        err = pm_sys_mprotect(page, PM_PAGE_SIZE, PROT_NONE);
+    if (!err && pm_sys_pread(fd, &byte, 1, page) != 1)
+        err = -EPERM; /* proc_mem.force_override */
+    pm_sys_close(fd);
+    return err;
+}
+
+static int try_guard(struct probe *probe)
+{
+    int fd = pm_sys_memfd("pymirror-probe"), err = fd < 0 ? fd : pm_sys_ftruncate(fd, PM_PAGE_SIZE);
+    uint64_t page;
+
+    (void)probe;
+    if (!err)
+        err = pm_sys_mmap(0, PM_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0, &page);
+    if (fd >= 0)
+        pm_sys_close(fd);
+    if (err)
+        return err;
+    err = guard_page(page);
+    pm_sys_munmap(page, PM_PAGE_SIZE);
+    return err;
+}
+
 static int (*const probes[PM_FEAT_COUNT])(struct probe *) = {
     [PM_FEAT_UFFD] = try_uffd,
     [PM_FEAT_UFFD_KERNEL] = try_uffd_kernel,
@@ -325,6 +360,7 @@ static int (*const probes[PM_FEAT_COUNT])(struct probe *) = {
     [PM_FEAT_POPULATE] = try_populate,
     [PM_FEAT_PROCESS_VM] = try_process_vm,
     [PM_FEAT_IO_URING] = try_io_uring,
+    [PM_FEAT_GUARD] = try_guard,
 };
 
 /* Features are tried in the order of the enum: one that another rests on comes first. */

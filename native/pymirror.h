@@ -36,6 +36,7 @@ enum pm_feature {
     PM_FEAT_POPULATE,        /* MADV_POPULATE_READ and MADV_POPULATE_WRITE */
     PM_FEAT_PROCESS_VM,      /* process_vm_readv and process_vm_writev on oneself */
     PM_FEAT_IO_URING,        /* io_uring with registered buffers: real pins */
+    PM_FEAT_GUARD,           /* guard regions in private mappings of files, and /proc/self/mem beyond them */
     PM_FEAT_COUNT
 };
 
@@ -512,7 +513,7 @@ int pm_devmem_stats(pm_mm *mm, struct pm_devmem_stats *ret);
  * Move the pages of [start, end) into device memory, within an invalidation (PM_MIGRATE) that the caller has
  * open, of memory that is watched. Private anonymous writable pages move; others stay, and so does what is
  * pinned. `moved`, also on an error: -EINVAL at a hole or a vma that cannot be read, after what precedes it
- * has moved; -ENOSPC: it is full; -EBUSY: a fork or madvise does not end, or pm_sigbus_over(); -ENOMEM;
+ * has moved; -ENOSPC: it is full; -EBUSY: a fork or madvise does not end, or pm_handler_over(); -ENOMEM;
  * -ESRCH.
  */
 int pm_migrate_to_device(pm_devmem *vram, uint64_t start, uint64_t end, uint64_t *moved);
@@ -531,11 +532,11 @@ int pm_migrate_level(pm_mm *mm, uint64_t start, uint64_t end);
 int pm_devmem_fault_around(pm_devmem *vram, uint64_t bytes);
 
 /*
- * PM_MM_INLINE: the first migration makes the shim's handler that of SIGBUS, for good; what is not its own
- * goes to the one that was there. The address of a handler that was installed over it since, 0: none. Nothing
- * migrates then.
+ * PM_MM_INLINE: the first migration makes the shim's handler that of SIGBUS, for good, and the first one of a
+ * private mapping of a file that of SIGSEGV; what is not their own goes to the one that was there. The
+ * address of a handler that was installed over that of `sig` since, 0: none. Nothing migrates then.
  */
-uint64_t pm_sigbus_over(void);
+uint64_t pm_handler_over(int sig);
 
 /* IOVAs: the DMA addresses of a domain. */
 

@@ -198,6 +198,14 @@ FEATURES: tuple[Feature, ...] = (
         "CONFIG_IO_URING=y",
         "sudo sysctl -w kernel.io_uring_disabled=0   # and allow it in the sandbox's seccomp profile",
     ),
+    Feature(
+        "guard",
+        lib.PM_FEAT_GUARD,
+        "copies of pages of a file on disk stay in system memory",
+        "6.15",
+        "CONFIG_MMU=y",
+        "boot with proc_mem.force_override=always   # and allow madvise() in the sandbox's seccomp profile",
+    ),
 )
 
 _BY_NAME = {feature.name: feature for feature in FEATURES}

@@ -9,6 +9,7 @@ event MIGRATE with the owner of the device memory, so that the driver that migra
 from __future__ import annotations
 
 import errno
+import signal
 from typing import TYPE_CHECKING
 
 from ._shim import ffi, lib
@@ -117,11 +118,13 @@ def _evict(mm: AddressSpace, vram: DeviceMemory, start: int, end: int, moved: in
 
 
 def check_handler(mm: AddressSpace, what: str) -> None:
-    """EBUSY while another handler of SIGBUS would get the faults of inline delivery."""
-    if handler := lib.pm_sigbus_over():
+    """EBUSY while another handler would get the faults of inline delivery, or those of guarded pages."""
+    for number in (signal.SIGBUS, signal.SIGSEGV):
+        if not (handler := lib.pm_handler_over(number)):
+            continue
         raise MirrorError(
             errno.EBUSY,
-            f"{what}: a handler of SIGBUS was installed over pymirror's, and would get its faults",
+            f"{what}: a handler of {number.name} was installed over pymirror's, and would get its faults",
             addr=handler,
             vma=mm._vma_for_error(handler),
             hint="take it away (faulthandler.disable()); install it before the first migration, then it gets"

@@ -264,12 +264,12 @@ static int child_later(void)
     set_up();
     if (!vram || out() != PAGES)
         return 77;
-    ok = pm_sigbus_over() == 0;
+    ok = pm_handler_over(SIGBUS) == 0;
     CHECK_EQ(wrong_pages(), 0);
     sigaction(SIGBUS, &later, &ours);
-    ok = ok && pm_sigbus_over() == (uintptr_t)met_plain && out() == -EBUSY && at_home() == PAGES;
+    ok = ok && pm_handler_over(SIGBUS) == (uintptr_t)met_plain && out() == -EBUSY && at_home() == PAGES;
     sigaction(SIGBUS, &ours, NULL);
-    ok = ok && pm_sigbus_over() == 0 && out() == PAGES;
+    ok = ok && pm_handler_over(SIGBUS) == 0 && out() == PAGES;
     CHECK_EQ(wrong_pages(), 0);
     /* Somebody gave the default back: ours comes again. */
     sigaction(SIGBUS, &none, NULL);

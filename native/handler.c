@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * sigbus.c - the handler of SIGBUS, and the one that was there before it.
+ * handler.c - the handlers of SIGBUS and SIGSEGV, and those that were there before.
  *
- * It runs with every signal blocked, so that no other handler meets it half-way, or leaves it by a jump. It
- * touches no mirrored memory itself, hence no SA_NODEFER. It runs on the stack of the code that touched: an
- * alternate stack is somebody else's, of the size that their handler needs. What is not ours goes to the
- * earlier handler, with the mask that this one asked for, but for SIGBUS: it may touch mirrored memory too.
+ * They run with every signal blocked, so that no other handler meets them half-way, or leaves them by a jump.
+ * They touch no mirrored memory themselves, hence no SA_NODEFER. They run on the stack of the code that
+ * touched: an alternate stack is somebody else's, of the size that their handler needs. What is not ours goes
+ * to the earlier handler, with the mask that this one asked for, but for the signal: it may touch mirrored
+ * memory.
  *
  * A handler that somebody installs over ours gets our faults, and can do nothing about them. Those we have
  * served come to ours only through it, at its mercy: so pages do not leave for a device while it is there.
@@ -22,8 +23,13 @@ struct earlier {
     atomic_bool spent; /* SA_RESETHAND: it has been called */
 };
 
-/* Replaced, never changed: a handler may be reading it. */
-static _Atomic(struct earlier *) earlier;
+/* Replaced, never changed: a handler may be reading it. By place_of(). */
+static _Atomic(struct earlier *) earlier[2];
+
+static int place_of(int sig)
+{
+    return sig == SIGSEGV;
+}
 
 static bool is_default(const struct sigaction *act)
 {
@@ -53,7 +59,7 @@ static void call_earlier(const struct sigaction *act, int sig, siginfo_t *info, 
     sigemptyset(&interrupted);
     memcpy(&interrupted, &context->uc_sigmask, _NSIG / 8);
     sigorset(&mask, &interrupted, &act->sa_mask);
-    sigdelset(&mask, SIGBUS);
+    sigdelset(&mask, sig);
     pthread_sigmask(SIG_SETMASK, &mask, NULL);
     if (act->sa_flags & SA_SIGINFO)
         act->sa_sigaction(sig, info, context);
@@ -63,7 +69,7 @@ static void call_earlier(const struct sigaction *act, int sig, siginfo_t *info, 
 
 static void pass_on(int sig, siginfo_t *info, ucontext_t *context)
 {
-    struct earlier *to = atomic_load(&earlier);
+    struct earlier *to = atomic_load(&earlier[place_of(sig)]);
     bool sent = info->si_code <= 0, reset = to && (to->act.sa_flags & (int)SA_RESETHAND);
 
     if (to && sent && is_ignored(&to->act))
@@ -75,10 +81,16 @@ static void pass_on(int sig, siginfo_t *info, ucontext_t *context)
         call_earlier(&to->act, sig, info, context);
 }
 
-static void on_sigbus(int sig, siginfo_t *info, void *context)
+/* A hole of what is watched; a guard, or a page while its guard is set or taken away. */
+static bool may_be_ours(int sig, int code)
+{
+    return sig == SIGBUS ? code == BUS_ADRERR : code == SEGV_MAPERR || code == SEGV_ACCERR;
+}
+
+static void on_fault(int sig, siginfo_t *info, void *context)
 {
     int saved = errno;
-    bool ours = info->si_code == BUS_ADRERR && pm_inline_touch((uintptr_t)info->si_addr);
+    bool ours = may_be_ours(sig, info->si_code) && pm_inline_touch(sig, (uintptr_t)info->si_addr);
 
     errno = saved;
     if (!ours)
@@ -87,51 +99,53 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 
 static bool is_ours(const struct sigaction *act)
 {
-    return (act->sa_flags & SA_SIGINFO) && act->sa_sigaction == on_sigbus;
+    return (act->sa_flags & SA_SIGINFO) && act->sa_sigaction == on_fault;
 }
 
-static bool is_known(const struct sigaction *act)
+static bool is_known(int sig, const struct sigaction *act)
 {
-    const struct earlier *known = atomic_load(&earlier);
+    const struct earlier *known = atomic_load(&earlier[place_of(sig)]);
 
     return known && known->act.sa_handler == act->sa_handler;
 }
 
-uint64_t pm_sigbus_over(void)
+uint64_t pm_handler_over(int sig)
 {
     struct sigaction now;
 
-    if (!atomic_load(&earlier) || pm_sys_sigaction(SIGBUS, NULL, &now) || is_ours(&now))
+    if (sig != SIGBUS && sig != SIGSEGV)
         return 0;
-    return is_default(&now) || is_ignored(&now) || is_known(&now) ? 0 : (uintptr_t)now.sa_sigaction;
+    if (!atomic_load(&earlier[place_of(sig)]) || pm_sys_sigaction(sig, NULL, &now) || is_ours(&now))
+        return 0;
+    return is_default(&now) || is_ignored(&now) || is_known(sig, &now) ? 0 : (uintptr_t)now.sa_sigaction;
 }
 
-static int install(const struct sigaction *before)
+static int install(int sig, const struct sigaction *before)
 {
-    struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESTART};
+    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_RESTART};
     struct earlier *to = pm_sys_calloc(1, sizeof(*to)), *old;
     int err;
 
     if (!to)
         return -ENOMEM;
     to->act = *before;
-    old = atomic_exchange(&earlier, to);
+    old = atomic_exchange(&earlier[place_of(sig)], to);
     sigfillset(&ours.sa_mask);
-    err = pm_sys_sigaction(SIGBUS, &ours, NULL);
+    err = pm_sys_sigaction(sig, &ours, NULL);
     if (err) {
-        atomic_store(&earlier, old);
+        atomic_store(&earlier[place_of(sig)], old);
         free(to);
     }
     return err;
 }
 
 /* With the registry lock held. */
-int pm_sigbus_install(void)
+int pm_handler_install(int sig)
 {
     struct sigaction now;
-    int err = pm_sys_sigaction(SIGBUS, NULL, &now);
+    int err = pm_sys_sigaction(sig, NULL, &now);
 
     if (err || is_ours(&now))
         return err;
-    return pm_sigbus_over() ? -EBUSY : install(&now);
+    return pm_handler_over(sig) ? -EBUSY : install(sig, &now);
 }
