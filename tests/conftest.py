@@ -15,7 +15,6 @@ import gc
 import os
 import signal
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -52,10 +51,9 @@ SWITCHED_OFF = MAY_REFUSE & set(switched_off())
 CAP_SYS_ADMIN = 21
 HUGE_PAGES = 64
 
-# Matplotlib says on stderr that it has no home to keep its cache in, as an ordinary user of CI has none.
-os.environ.setdefault(
-    "MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), f"pymirror-matplotlib-{os.getuid()}")
-)
+# Matplotlib says on stderr that it has no home to keep its cache in, as an ordinary user of CI has none. Not
+# in a place where others could have put one first.
+os.environ.setdefault("MPLCONFIGDIR", str(TESTS.parent / "build" / "matplotlib"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
