@@ -92,17 +92,27 @@ static bool all_cached(uint64_t start, uint64_t end)
     return true;
 }
 
+/* The kernel gives a vma the modes asked for in place of those it had. */
+static bool any_watched(struct pm_mm *mm, uint64_t start, uint64_t end)
+{
+    struct pm_watch_range range;
+
+    return pm_watch_next(mm, start, &range) && range.start < end;
+}
+
 /*
  * Write-protect mode switches the fault-around of file mappings off, and the mode for missing pages does not:
  * it is for files in memory of which no page is missing. One that is punched out later, and touched, is
- * filled by the monitor.
+ * filled by the monitor. What is watched already may have been write-protected since, after a fork: without
+ * that mode its pages would keep the mark, and never be found writable again.
  */
 static uint64_t mode_of(struct pm_mm *mm, const struct pm_vma *vma, uint64_t start, uint64_t end)
 {
     bool in_memory = (vma->flags & (PM_VMA_FILE | PM_VMA_HUGETLB)) == PM_VMA_FILE && pm_is_shmem(vma);
 
-    if (in_memory && !mm->inline_faults && pm_have(mm, PM_FEAT_UFFD_KERNEL) && end - start <= cached_max &&
-        (mm->features.uffd_features & PM_ABI_UFFD_FEATURE_MISSING_SHMEM) && all_cached(start, end))
+    if (in_memory && !any_watched(mm, start, end) && !mm->inline_faults && pm_have(mm, PM_FEAT_UFFD_KERNEL) &&
+        end - start <= cached_max && (mm->features.uffd_features & PM_ABI_UFFD_FEATURE_MISSING_SHMEM) &&
+        all_cached(start, end))
         return UFFDIO_REGISTER_MODE_MISSING;
     return UFFDIO_REGISTER_MODE_WP;
 }
