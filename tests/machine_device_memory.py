@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tally
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from machine_uses import UseSteps
@@ -228,6 +229,7 @@ class DeviceMemoryMachine(UseSteps, RuleBasedStateMachine):
 
     @invariant()
     def books_add_up(self) -> None:
+        tally.add("steps on device memory", steps=1)
         stats = self.mm.stats()
         places = [(addr, addr + PAGE) for addr in self.pages]
         held = sum(int(np.count_nonzero(pm.exclusive_pfns(self.mm, *place))) for place in places)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tally
 from injecting import ERRORS
 from mirroring import PAGE
 from racing import in_child, wait_for
@@ -40,6 +41,7 @@ class World:
     """Memory, half of it on a device, and a driver that is told."""
 
     def __init__(self, delivery: str) -> None:
+        tally.add("interrupts, kills, failed calls on device memory", attempts=1)
         self.mm = pm.AddressSpace(fault_delivery=delivery)
         self.dev = pm.Device("d0")
         self.vram = pm.DeviceMemory(self.dev, 64 * PAGE)

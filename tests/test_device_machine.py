@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import tally
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from machine_device_memory import DeviceMemoryMachine
@@ -41,4 +42,5 @@ class Copying(DeviceMemoryMachine):
 @pytest.mark.timeout(120 * STRESS)
 def test_device_memory_behaves_as_the_model(machine: type[DeviceMemoryMachine]) -> None:
     needs("uffd_kernel", "sigbus", "move", "uffd_events", "event_fork", "wp_async", "pagemap")
-    run_state_machine_as_test(machine, settings=SETTINGS)
+    with tally.timed("steps on device memory"):
+        run_state_machine_as_test(machine, settings=SETTINGS)

@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threa
 
 
 class DeviceStress(Stress):
+    kind = "threads on memory that moves"
+
     def __init__(self, seed: int, delivery: str, off: tuple[str, ...], cpu_add: object) -> None:
         self.memory_owner = object()
         self.cpu_add = cpu_add

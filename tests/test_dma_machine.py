@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tally
 from dma import numbers
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -240,6 +241,7 @@ class DmaMachine(RuleBasedStateMachine):
 
     @invariant()
     def bookkeeping_agrees(self) -> None:
+        tally.add("steps on DMA mappings", steps=1)
         for device in self.devices.values():
             if device is self.devices["direct"] and "pfn" not in FEATURES:
                 continue
@@ -329,4 +331,5 @@ SETTINGS = settings(
 
 @pytest.mark.timeout(120 * STRESS)
 def test_dma_behaves_as_the_model() -> None:
-    run_state_machine_as_test(DmaMachine, settings=SETTINGS)
+    with tally.timed("steps on DMA mappings"):
+        run_state_machine_as_test(DmaMachine, settings=SETTINGS)

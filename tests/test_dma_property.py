@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tally
 from dma import DmaDriver
 from dma_memory import PAGE, pages, refuses
 from hypothesis import HealthCheck, settings
@@ -301,6 +302,7 @@ class DriverMemoryMachine(RuleBasedStateMachine):
 
     @invariant()
     def bookkeeping_agrees(self) -> None:
+        tally.add("steps on driver memory", steps=1)
         for device in self.devices.values():
             mine = [one for one in self.held if one.device is device]
             assert len(device.dma_debug) == sum(one.records for one in mine)
@@ -367,7 +369,8 @@ class DriverMemoryMachine(RuleBasedStateMachine):
 @pytest.mark.timeout(120 * STRESS)
 def test_driver_memory_behaves_as_the_model(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL", "pymirror.dma")
-    run_state_machine_as_test(DriverMemoryMachine, settings=SETTINGS)
+    with tally.timed("steps on driver memory"):
+        run_state_machine_as_test(DriverMemoryMachine, settings=SETTINGS)
 
 
 SETTINGS = settings(

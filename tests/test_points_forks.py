@@ -11,7 +11,7 @@ from conductor import FORKS, POINTS, Fork, conducted
 from injecting import OPERATIONS, Operation, check_all_is_well
 from injecting_device import DEVICE_OPERATIONS
 from mirroring import PAGE
-from seams import errno_of, needs
+from seams import WAIT_S, errno_of, needs
 
 KIND = "forks at named points"
 READABLE = (0, 1, 3, 4, 5, 6, 7, 2)  # page 2 may be unmapped, or moved away
@@ -37,6 +37,7 @@ def test_a_fork(operation: Operation) -> None:
     with tally.timed(KIND), operation.opens() as made:
         operation.prepare(made)
         before = bytes(made.expected)
+        made.driver.device.fault_timeout = 3 * WAIT_S  # each fork takes what it has mapped
         names = [name for name in POINTS if name not in FORKS]
         with conducted(names, [made.page(n) for n in READABLE], forks=True) as met:
             code = errno_of(operation.run, made)

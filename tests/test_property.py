@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import tally
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
 from machine_changes import ChangeSteps
@@ -31,6 +32,7 @@ class AddressSpaceMachine(
 
     @invariant()
     def what_must_hold(self) -> None:
+        tally.add("steps on an address space", steps=1)
         self.world.check(self.touched)
         self.touched = []
 
@@ -41,7 +43,7 @@ class AddressSpaceMachine(
 
 @pytest.mark.timeout(120 * STRESS)
 def test_the_address_space_behaves_as_the_model() -> None:
-    with overcommit(HUGE_PAGES):
+    with overcommit(HUGE_PAGES), tally.timed("steps on an address space"):
         run_state_machine_as_test(AddressSpaceMachine, settings=SETTINGS)
 
 

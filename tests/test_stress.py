@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import tally
 from model import READ
 from model_checks import quiet
 from model_device import Log, Recorder
@@ -32,6 +33,8 @@ HUGE_PAGES = 64
 
 
 class Stress:
+    kind = "threads on one address space"
+
     def __init__(self, seed: int, delivery: str = "thread", off: tuple[str, ...] = ()) -> None:
         self.seed = seed
         self.stop = False
@@ -51,6 +54,12 @@ class Stress:
         return Owner(self, name, chunks)
 
     def run(self) -> None:
+        with tally.timed(self.kind):
+            self._run()
+        operations = sum(worker.tally.total() for worker in self.workers)
+        tally.add(self.kind, operations=operations)
+
+    def _run(self) -> None:
         for worker in self.workers:
             worker.start()
         until = time.monotonic() + 2 * PATIENCE_S
