@@ -60,15 +60,24 @@ def _invalidations(status: Any, now: int) -> list[str]:
     if status is None:
         return ["no status page"]
     lines = [f"sequence {status.seq}; {status.active} invalidation(s) running"]
-    for one in status.inv:
-        if one.since_ns:
-            end = one.end or WHOLE_MM_END
-            name = Event(one.event).name
-            guarantee = Guarantee.from_native(one.guarantee)
-            lines.append(
-                f"running: {name} {one.start:#x}-{end:#x} ({guarantee}) for {_age(one.since_ns, now)}"
-            )
-    return lines
+    return lines + [f"running: {_running(one, now)}" for one in status.inv if one.since_ns]
+
+
+def _running(one: Any, now: int) -> str:
+    guarantee = Guarantee.from_native(one.guarantee)
+    interval = f"{one.start:#x}-{one.end or WHOLE_MM_END:#x}"
+    return f"{Event(one.event).name} {interval} ({guarantee}) for {_age(one.since_ns, now)}"
+
+
+def in_the_way(mm: AddressSpace, start: int, end: int) -> list[str]:
+    """Invalidations of [start, end) that run, as far as the status page has room, and whose they are."""
+    status, now = _status(mm), time.monotonic_ns()
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    return [
+        f"{_running(one, now)}, begun by thread {names.get(one.tid, one.tid)}"
+        for one in (status.inv if status is not None else ())
+        if one.since_ns and one.start < end and start < (one.end or WHOLE_MM_END)
+    ]
 
 
 def _callbacks(mm: AddressSpace) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import trace
 from ._shim import ffi, lib
+from .dump import in_the_way
 from .errors import MirrorError, error
 from .event import Event
 from .features import memlock_command
@@ -155,12 +156,25 @@ def _failure(mm: AddressSpace, what: str, ret: int, start: int, end: int) -> Mir
         return error(errno.ENOSPC, f"{what}: no slot is left", hint="unpin something: there are 16,384 slots")
     if ret == -errno.ESRCH:
         mm._check_here(what)
+    if ret == -errno.ETIMEDOUT:
+        return _not_quiet(mm, what, start, end)
     if ret not in (-errno.EFAULT, -errno.EOPNOTSUPP):
         return error(-ret, what, addr=start, mm=mm, hint=_HINTS.get(-ret))
     if ret == -errno.EOPNOTSUPP:
         mm.features.require("io_uring", what)
     _check_vmas(mm, what, start, end)
     return _page_failure(mm, what, start, end)
+
+
+def _not_quiet(mm: AddressSpace, what: str, start: int, end: int) -> MirrorError:
+    running = "; ".join(in_the_way(mm, start, end)) or "it has ended by now"
+    return error(
+        errno.ETIMEDOUT,
+        f"{what}: [{start:#x}, {end:#x}) was invalid for {_WAIT_S:g} s: {running}",
+        addr=start,
+        mm=mm,
+        hint="pin it when that is over; a migration in steps ends with migrate_vma_finalize()",
+    )
 
 
 def _check_vmas(mm: AddressSpace, what: str, start: int, end: int) -> None:

@@ -6,6 +6,7 @@ import errno
 import gc
 import mmap
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -187,9 +188,12 @@ class TestRaces:
 
     def test_it_waits_for_an_invalidation_and_gives_up(self, mm: pm.AddressSpace) -> None:
         buf = filled(mm, 1)
-        with mm.invalidate(buf.addr, buf.addr + PAGE):
+        named = rf"MIGRATE {buf.addr:#x}-.*, begun by thread {threading.current_thread().name}"
+        with mm.invalidate(buf.addr, buf.addr + PAGE, pm.Event.MIGRATE):
             pinning = Background(pm.pin_user_pages, mm, buf.addr, 1)
-            assert errno_of(pinning.result) == errno.ETIMEDOUT
+            with pytest.raises(pm.MirrorError, match=named) as refused:
+                pinning.result()
+            assert refused.value.errno == errno.ETIMEDOUT
         pm.unpin_user_pages(pm.pin_user_pages(mm, buf.addr, 1))
 
 
