@@ -167,7 +167,9 @@ int pm_sys_poll(struct pollfd *fds, nfds_t n, uint64_t timeout_ns)
     struct timespec timeout = timespec_of(timeout_ns);
     int err = enter(PM_SYS_POLL);
 
-    return err ? err : (int)result(ppoll(fds, n, timeout_ns == UINT64_MAX ? NULL : &timeout, NULL));
+    if (err)
+        return err;
+    return (int)result(timeout_ns == UINT64_MAX ? poll(fds, n, -1) : ppoll(fds, n, &timeout, NULL));
 }
 
 int pm_sys_mmap(uint64_t addr, uint64_t len, int prot, int flags, int fd, uint64_t offset, uint64_t *ret)
