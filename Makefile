@@ -52,7 +52,7 @@ COMMA := ,
 EMPTY :=
 together = $(subst $(EMPTY) $(EMPTY),$(COMMA),$(strip $1))
 SUBSTITUTED := pagemap_scan procmap_query populate event_fork wp_unpopulated wp_async
-FEATURES ?= $(SUBSTITUTED) move io_uring pfn sigbus uffd uffd_kernel uffd_events process_vm pagemap \
+FEATURES ?= $(SUBSTITUTED) move io_uring guard pfn sigbus uffd uffd_kernel uffd_events process_vm pagemap \
 	$(call together,$(SUBSTITUTED))
 FEATURE_TESTS ?= $(addprefix tests/test_,walk.py hmm.py mm.py notifier.py page_table.py device.py gup.py migrate.py \
 	migrate_copied.py migrate_used.py migrate_ends.py exclusive.py hmm_dma_map.py)

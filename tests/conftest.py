@@ -45,6 +45,7 @@ MAY_REFUSE = {
     "pfn",
     "process_vm",
     "io_uring",
+    "guard",
 }
 _CUT_SHORT = pytest.StashKey[bool]()
 SWITCHED_OFF = MAY_REFUSE & set(switched_off())

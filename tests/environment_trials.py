@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,18 @@ def huge_page_on_a_device() -> None:
                 raise LostError
 
 
+def copies_of_a_file() -> None:
+    """Those of a file on disk move too; what the process has not written stays the file's."""
+    with tempfile.TemporaryFile() as file, pm.AddressSpace() as mm:
+        file.truncate(4 * PAGE)
+        with mm.mmap(4 * PAGE, fd=file.fileno()) as memory, pm.DeviceMemory(pm.Device("d"), 1 << 20) as vram:
+            memory[: len(WORD)] = WORD
+            moved = pm.migrate_to_device(mm, memory.addr, memory.addr + memory.size, vram)
+            assert bytes(memory[: len(WORD)]) == WORD
+    if moved != 1:
+        raise LostError
+
+
 def system_call() -> None:
     """On pages that are on a device."""
     with pm.AddressSpace() as mm:
@@ -195,6 +208,7 @@ TRIALS: dict[str, Callable[[], None]] = {
     "device memory, inline": lambda: device_memory("inline"),
     "coherent memory": coherent_memory,
     "huge page on a device": huge_page_on_a_device,
+    "copies of a file": copies_of_a_file,
     "system call": system_call,
     "exclusive": exclusive,
     "pin": pin,

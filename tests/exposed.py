@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import signal
 import struct
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from seams import foreign
 
 import pymirror as pm
 
@@ -65,6 +68,11 @@ class Exposed:
         self.moved = self.mm.mmap(PAGE)
         self.vram = self._had(lambda: pm.DeviceMemory(self.driver.dev, PAGE))
         self._had(lambda: pm.migrate_to_device(self.mm, self.moved.addr, self.moved.addr + PAGE, self.vram))
+        with tempfile.TemporaryFile() as file:
+            file.truncate(PAGE)
+            self.copy = foreign.mmap(0, PAGE, flags=mmap.MAP_PRIVATE, fd=file.fileno())
+        ctypes.memset(self.copy, 1, PAGE)
+        self._had(lambda: pm.migrate_to_device(self.mm, self.copy, self.copy + PAGE, self.vram))
 
     def _had(self, make: Any) -> Any:
         """None where this user may not have it, and what was said then is kept."""
@@ -121,6 +129,7 @@ class Exposed:
         self.driver.unregister()
         self.shared.close()
         self.mm.close()
+        foreign.munmap(self.copy, PAGE)
         self.trace.close()
 
 

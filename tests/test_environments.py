@@ -27,7 +27,14 @@ API = Path(__file__).parent.parent / "docs" / "api.md"
 PROGRAM = Path(__file__).with_name("environment_trials.py")
 CAP_SYS_PTRACE = 19
 LOST = "lost"
-BY_THREAD = ("device memory", "coherent memory", "huge page on a device", "system call", "exclusive")
+BY_THREAD = (
+    "device memory",
+    "coherent memory",
+    "huge page on a device",
+    "copies of a file",
+    "system call",
+    "exclusive",
+)
 NO_PFNS = {"PFNs": LOST, "coherent memory": "pfn"}
 NO_UFFD_KERNEL = dict.fromkeys(BY_THREAD, "uffd_kernel")
 UNWATCHED = {"foreign change": LOST, "present at a fork": LOST}
@@ -38,7 +45,7 @@ ALL_BUT_PINS = [name for name in TRIALS if name != "pin"]
 LOSSES: dict[str, dict[str, str]] = {
     "uffd": NO_UFFD,
     "uffd_kernel": NO_UFFD_KERNEL,
-    "wp_async": {"present at a fork": LOST},
+    "wp_async": {"present at a fork": LOST, "copies of a file": LOST},
     "wp_unpopulated": {},
     "uffd_events": NO_EVENTS,
     "event_fork": {},
@@ -51,12 +58,14 @@ LOSSES: dict[str, dict[str, str]] = {
     "populate": {},
     "process_vm": {"mirror": "process_vm"},
     "io_uring": {"pin": "io_uring"},
+    "guard": {"copies of a file": LOST},
     "pfn,pagemap_scan": {**NO_PFNS, "huge pages": LOST, "huge page on a device": LOST},
     "move,pagemap_scan,procmap_query,wp_async,io_uring,pfn": {
         **NO_PFNS,
         "huge pages": LOST,
         "huge page on a device": LOST,
         "present at a fork": LOST,
+        "copies of a file": LOST,
         "pin": "io_uring",
     },
     "populate,process_vm": {"mirror": "process_vm", "foreign change": "populate", "exclusive": "populate"},

@@ -34,7 +34,7 @@ NOBODY, SOMEBODY = 65534, 65533
 PAGE = 4096
 #: What the descriptors of an address space lead to.
 KINDS = (
-    r"/proc/\d+/(maps|pagemap|ksm_merging_pages)",
+    r"/proc/\d+/(maps|pagemap|ksm_merging_pages|mem)",
     r"anon_inode:\[(userfaultfd|eventfd|timerfd|io_uring)\]",
     r"/memfd:pymirror(-status|-stage)? \(deleted\)",
 )
