@@ -22,35 +22,52 @@ int pm_munmap(pm_mm *mm, uint64_t addr, uint64_t len)
     return pm_sys_munmap(addr, len);
 }
 
-/* As in the kernel, pages in device memory are read-only once the protection of their vma has changed. */
-static void protect_resident(struct pm_mm *mm, uint64_t start, uint64_t end, uint32_t prot)
-{
-    const uint32_t bits = PM_VMA_READ | PM_VMA_WRITE | PM_VMA_EXEC;
-    struct pm_vma vma;
-
-    while (start < end && pm_vma_query(mm, start, &vma) == 0 && vma.start < end) {
-        if ((vma.flags & bits) != prot) {
-            pm_lock(mm);
-            pm_resident_protect(mm, start, pm_min(end, vma.end));
-            pm_unlock(mm);
-        }
-        start = vma.end;
-    }
-}
-
 static uint32_t vma_flags(int prot)
 {
     return (prot & PROT_READ ? PM_VMA_READ : 0) | (prot & PROT_WRITE ? PM_VMA_WRITE : 0) |
            (prot & PROT_EXEC ? PM_VMA_EXEC : 0);
 }
 
+/*
+ * The part of [*addr, end) that is in one vma; of a hole the kernel says what is wrong. As in the kernel,
+ * pages in device memory are read-only once the protection of their vma has changed. In one hold of the lock,
+ * since guarded pages that come home give their vma back the protection that they have found (guard.c).
+ */
+static int protect_next(struct pm_mm *mm, uint64_t *addr, uint64_t end, int prot)
+{
+    const uint64_t bits = PM_VMA_READ | PM_VMA_WRITE | PM_VMA_EXEC;
+    bool differs = true;
+    uint64_t next = end;
+    struct pm_vma vma;
+    int err;
+
+    pm_lock(mm);
+    if (pm_vma_query(mm, *addr, &vma) == 0 && vma.start <= *addr) {
+        next = pm_min(end, vma.end);
+        differs = (vma.flags & bits) != vma_flags(prot);
+    }
+    err = pm_sys_mprotect(*addr, next - *addr, prot);
+    if (!err && differs)
+        pm_resident_protect(mm, *addr, next);
+    pm_unlock(mm);
+    *addr = next;
+    return err;
+}
+
+/* Where the kernel refuses, what comes before has changed, and the rest has not. */
 int pm_mprotect(pm_mm *mm, uint64_t addr, uint64_t len, int prot)
 {
+    uint64_t end = addr + len;
     int err = pm_mm_check(mm);
 
-    if (!err && mm->devices)
-        protect_resident(mm, addr, addr + len, vma_flags(prot));
-    return err ? err : pm_sys_mprotect(addr, len, prot);
+    if (err)
+        return err;
+    if (!mm->devices || end < addr)
+        return pm_sys_mprotect(addr, len, prot);
+    do
+        err = protect_next(mm, &addr, end, prot);
+    while (!err && addr < end);
+    return err;
 }
 
 int pm_madvise(pm_mm *mm, uint64_t addr, uint64_t len, int advice)

@@ -11,7 +11,7 @@ import pytest
 from migrating import PAGES, pattern, patterned, to_device
 from mirroring import DELIVERIES, PAGE, space_by
 from racing import in_child
-from seams import needs
+from seams import errno_of, inject, needs
 
 import pymirror as pm
 
@@ -75,6 +75,22 @@ class TestProtection:
         assert not int(self.snapshot(mm, buf, None)[0]) & pm.HMM_PFN_WRITE
         buf[0] = 1
         assert int(self.snapshot(mm, buf, None)[0]) & pm.HMM_PFN_WRITE
+
+    def test_mprotect_that_is_refused(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        to_device(buf, vram)
+        with inject("MPROTECT", err=errno.EACCES):
+            assert errno_of(mm.mprotect, buf.addr, buf.size, 1) == errno.EACCES
+        assert ((self.snapshot(mm, buf, vram.owner) & np.uint64(pm.HMM_PFN_WRITE)) != 0).all()
+
+    def test_mprotect_up_to_a_hole(self, mm: pm.AddressSpace, vram: pm.DeviceMemory) -> None:
+        buf = patterned(mm)
+        to_device(buf, vram)
+        mm.munmap(buf.addr + 5 * PAGE, PAGE)
+        assert errno_of(mm.mprotect, buf.addr, buf.size, 1) == errno.ENOMEM
+        writable = (self.snapshot(mm, buf, vram.owner) & np.uint64(pm.HMM_PFN_WRITE)) != 0
+        assert not writable[:6].any()
+        assert writable[6:].all()
 
 
 @pytest.mark.needs("process_vm")
