@@ -8,37 +8,28 @@ import errno
 import mmap
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from guarding import CONTENTS, COPIES, PAGES, contents, disk_file, expected, run, space, to_device
 from mirroring import PAGE, FaultDriver, modern_fault, valid
 from racing import run_child, wait_for
 from seams import errno_of, foreign, inject, needs
-from test_disk_files import on_disk
 
 import pymirror as pm
 
 pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
 
-PAGES = 16
-#: Those that this process writes to, and so has copies of.
-COPIES = range(4, 12)
-CONTENTS = b"".join(bytes([page + 1]) * PAGE for page in range(PAGES))
 MADV_DONTNEED = 4
 
 
 @pytest.fixture(params=["thread", "inline"])
 def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    needs("guard", "wp_async", "uffd_events", "pagemap")
-    needs("sigbus" if request.param == "inline" else "uffd_kernel")
-    with pm.AddressSpace(fault_delivery=request.param) as space:
-        yield space
+    with space(request.param) as made:
+        yield made
 
 
 @pytest.fixture
@@ -49,13 +40,8 @@ def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[int]:
-    folder = next((one for one in (tmp_path, Path("/var/tmp"), Path.cwd()) if on_disk(one)), None)
-    if folder is None:
-        pytest.skip("no file system on a disk is writable here")
-    with tempfile.TemporaryFile(dir=folder) as made:
-        made.write(CONTENTS)
-        made.flush()
-        yield made.fileno()
+    with disk_file(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
@@ -64,21 +50,6 @@ def buf(mm: pm.AddressSpace, file: int) -> Iterator[pm.Region]:
         for page in COPIES:
             ctypes.memset(region.addr + page * PAGE, 100 + page, PAGE)
         yield region
-
-
-def expected() -> bytearray:
-    contents = bytearray(CONTENTS)
-    for page in COPIES:
-        contents[page * PAGE : (page + 1) * PAGE] = bytes([100 + page]) * PAGE
-    return contents
-
-
-def contents(buf: pm.Region) -> bytes:
-    return ctypes.string_at(buf.addr, buf.size)
-
-
-def to_device(buf: pm.Region, vram: pm.DeviceMemory) -> int:
-    return pm.migrate_to_device(buf.mm, buf.addr, buf.addr + buf.size, vram)
 
 
 def there(buf: pm.Region, vram: pm.DeviceMemory) -> list[int]:
@@ -357,29 +328,6 @@ def test_threads_touch_while_they_come_and_go(
     assert not wrong
     assert moved
     assert (words[:, : len(counts)] == counts).all()
-
-
-PROGRAM = """
-import ctypes, faulthandler, os, signal, sys, tempfile
-import pymirror as pm
-
-mm = pm.AddressSpace(fault_delivery="DELIVERY")
-file = tempfile.TemporaryFile(dir="FOLDER")
-file.truncate(4 * 4096)
-buf = mm.mmap(4 * 4096, fd=file.fileno())
-buf[0] = 1
-vram = pm.DeviceMemory(pm.Device("d"), 1 << 20)
-
-def out():
-    return pm.migrate_to_device(mm, buf.addr, buf.addr + buf.size, vram)
-
-"""
-
-
-def run(mm: pm.AddressSpace, folder: Path, program: str) -> tuple[int, str]:
-    start = PROGRAM.replace("DELIVERY", mm.fault_delivery).replace("FOLDER", str(folder))
-    done = subprocess.run([sys.executable, "-c", start + program], timeout=60, capture_output=True, text=True)
-    return done.returncode, done.stderr
 
 
 def test_an_earlier_handler_gets_what_is_not_ours(mm: pm.AddressSpace, tmp_path: Path) -> None:
