@@ -62,10 +62,13 @@ static int is_in_object(struct dl_phdr_info *object, size_t size, void *arg)
     return 0;
 }
 
-/* Not the data of programs and libraries, which the handler itself may touch. */
+/*
+ * Not the data of programs and libraries, which the handler itself may touch; nor code: what has been
+ * PROT_NONE may not become executable where that is denied (PR_SET_MDWE, SELinux).
+ */
 bool pm_can_guard(const struct pm_mm *mm, const struct pm_vma *vma)
 {
-    return pm_have(mm, PM_FEAT_GUARD) && is_private_file(vma) &&
+    return pm_have(mm, PM_FEAT_GUARD) && is_private_file(vma) && !(vma->flags & PM_VMA_EXEC) &&
            !dl_iterate_phdr(is_in_object, (struct pm_vma *)(uintptr_t)vma);
 }
 

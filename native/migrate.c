@@ -224,7 +224,10 @@ static int move_out_vma(struct pm_devmem *vram, const struct pm_vma *vma, uint64
     enum way way = way_of(vram->mm, vma);
     int err = 0;
 
-    if (way == STAY || (way == GUARD && vram->exclusive) || !pm_watched(vram->mm, start, end))
+    if (way == STAY || !pm_watched(vram->mm, start, end))
+        return 0;
+    /* From there pages go home by ioctls on the watch descriptor, which files on a disk have none of. */
+    if (way == GUARD && (vram->exclusive || vram->coherent))
         return 0;
     if (way != MOVE && pm_memory_locked())
         return 0;

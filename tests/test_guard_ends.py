@@ -1,0 +1,57 @@
+"""Guarded pages where something else has come to its end: a fork, a file, the number of vmas."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import faulthandler
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from guarding import PAGES, disk_file, run, space, to_device
+from mirroring import PAGE
+from racing import run_child, wait_for
+from seams import Background, inject, needs, points
+
+import pymirror as pm
+
+pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
+
+MADV_POPULATE_READ = 22
+MAX_MAP_COUNT = int(Path("/proc/sys/vm/max_map_count").read_text())
+
+
+@pytest.fixture(params=["thread", "inline"])
+def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
+    with space(request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    with disk_file(tmp_path) as made:
+        yield made
+
+
+def test_code_stays(mm: pm.AddressSpace, file: int) -> None:
+    """Once it has been PROT_NONE it would not become executable again, where that is denied."""
+    with pm.DeviceMemory(pm.Device("d"), pm.MiB) as vram:
+        buf = mm.mmap(PAGES * PAGE, fd=file)
+        ctypes.memset(buf.addr, 9, 2 * PAGE)
+        mm.mprotect(buf.addr, buf.size, mmap.PROT_READ | mmap.PROT_EXEC)
+        assert to_device(buf, vram) == 0
+        assert ctypes.string_at(buf.addr, 2 * PAGE) == bytes([9]) * 2 * PAGE
+
+
+def test_coherent_memory_takes_none(mm: pm.AddressSpace, file: int) -> None:
+    needs("pfn")
+    with pm.DeviceMemory(pm.Device("d"), pm.MiB, kind="coherent") as memory:
+        buf = mm.mmap(PAGES * PAGE, fd=file)
+        ctypes.memset(buf.addr, 9, 2 * PAGE)
+        assert to_device(buf, memory) == 0
+        assert ctypes.string_at(buf.addr, 2 * PAGE) == bytes([9]) * 2 * PAGE
