@@ -89,6 +89,30 @@ static int protect(uint64_t addr, uint64_t len, int prot)
     return err;
 }
 
+/* Nobody touches these pages until they are protect()ed: 0; or an errno, and nothing has changed. */
+static int shut(const struct pm_vma *vma, uint64_t addr, uint64_t len)
+{
+    int err = pm_sys_mprotect(addr, len, PROT_NONE);
+
+    /* Of a vma that has been unmapped in part meanwhile, what comes before the hole has changed. */
+    if (err)
+        pm_sys_mprotect(addr, len, prot_of(vma));
+    return err;
+}
+
+/* The same for what must come home: where the process has all the vmas that it may have, all of the vma is
+ * shut, which splits none. */
+static int shut_home(struct pm_mm *mm, const struct pm_vma *vma, uint64_t *addr, uint64_t *len)
+{
+    int err = shut(vma, *addr, *len);
+
+    if (err != -ENOMEM || !pm_watch_covers(mm, vma->start, vma->end))
+        return err;
+    *addr = vma->start;
+    *len = vma->end - vma->start;
+    return shut(vma, *addr, *len);
+}
+
 static int advise(uint64_t addr, uint64_t len, int advice)
 {
     int err = pm_sys_madvise(addr, len, advice);
@@ -128,14 +152,14 @@ static int64_t put(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len)
 int64_t pm_guard_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len)
 {
     bool writable = pm_resident_word(mm->devices, addr) & PM_RESIDENT_WRITE;
+    uint64_t done, first = addr, all;
     struct pm_vma vma;
-    uint64_t done;
     int64_t got;
 
     if (pm_events_unread(mm) || pm_vma_query(mm, addr, &vma) || vma.start > addr || !is_private_file(&vma))
         return -EAGAIN;
-    len = pm_min(len, vma.end - addr);
-    got = pm_sys_mprotect(addr, len, PROT_NONE);
+    all = len = pm_min(len, vma.end - addr);
+    got = shut_home(mm, &vma, &first, &all);
     if (got)
         return got;
     got = put(mm, addr, slot, len);
@@ -144,7 +168,7 @@ int64_t pm_guard_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t l
         advise(addr + done, len - done, PM_ABI_MADV_GUARD_INSTALL);
     if (done && !writable && (vma.flags & PM_VMA_WRITE))
         pm_watch_protect(mm, addr, addr + done);
-    protect(addr, len, prot_of(&vma));
+    protect(first, all, prot_of(&vma));
     if (done) {
         pm_sys_madvise(slot, done, MADV_DONTNEED);
         mm->devices->stats.copied += done >> PM_PAGE_SHIFT;
@@ -249,7 +273,7 @@ static int take(struct pm_devmem *vram, struct pm_lift *lift, uint64_t room)
     /* So that noting cannot fail once they are there. */
     err = pm_devmem_note(vram, lift->addr, slot, 0, NULL);
     if (!err)
-        err = pm_sys_mprotect(lift->addr, bytes(lift->n), PROT_NONE);
+        err = shut(&vma, lift->addr, bytes(lift->n));
     if (err)
         return err;
     err = take_protected(vram, lift, slot, room);

@@ -55,3 +55,29 @@ def test_coherent_memory_takes_none(mm: pm.AddressSpace, file: int) -> None:
         ctypes.memset(buf.addr, 9, 2 * PAGE)
         assert to_device(buf, memory) == 0
         assert ctypes.string_at(buf.addr, 2 * PAGE) == bytes([9]) * 2 * PAGE
+
+
+MANY = f"""
+import mmap, numpy
+
+assert out() == 1
+many = mmap.mmap(-1, 2 * {MAX_MAP_COUNT} * 4096, flags=0x4022, prot=mmap.PROT_READ)
+held = numpy.frombuffer(many, numpy.uint8)
+mprotect = ctypes.CDLL(None).mprotect
+mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+at = held.ctypes.data + 4096
+while mprotect(at, 4096, 0) == 0:
+    at += 8192
+found = ctypes.string_at(buf.addr, 1)
+del held
+many.close()
+assert found == bytes([1])
+vram.close()
+mm.close()
+"""
+
+
+@pytest.mark.skipif(MAX_MAP_COUNT > 200_000, reason="vm.max_map_count is too large")
+def test_home_when_there_are_as_many_vmas_as_there_may_be(mm: pm.AddressSpace, tmp_path: Path) -> None:
+    status, said = run(mm, tmp_path, MANY)
+    assert status == 0, said
