@@ -77,11 +77,20 @@ static void leave_guarded(struct pm_mm *mm)
         pm_home_all(mm, addr, end, NULL, &moved);
 }
 
+/* The monitor copies what is in device memory proper. */
+static void leave_some(struct pm_mm *mm)
+{
+    uint64_t moved = 0;
+
+    if (mm->devices->exclusive)
+        pm_home_all(mm, 0, PM_USER_END, mm->devices->exclusive, &moved);
+    leave_guarded(mm);
+}
+
 /* Nothing leaves any more: fork_tid is set. */
 static void prepare_devices(struct pm_mm *mm)
 {
     const int flags = MAP_SHARED | MAP_ANONYMOUS;
-    uint64_t moved = 0;
     bool any;
 
     if (!mm->devices)
@@ -100,9 +109,8 @@ static void prepare_devices(struct pm_mm *mm)
         pm_sys_mmap(0, PM_PAGE_SIZE, PROT_READ | PROT_WRITE, flags, -1, 0, &copied_page);
     if (!copied_page || !pm_have(mm, PM_FEAT_UFFD_EVENT_FORK))
         leave_devices(mm);
-    else if (mm->devices->exclusive)
-        pm_home_all(mm, 0, PM_USER_END, mm->devices->exclusive, &moved);
-    leave_guarded(mm);
+    else
+        leave_some(mm);
     pm_lock(mm);
     pm_resident_protect(mm, 0, PM_USER_END);
     pm_unlock(mm);

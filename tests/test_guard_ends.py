@@ -57,6 +57,22 @@ def test_coherent_memory_takes_none(mm: pm.AddressSpace, file: int) -> None:
         assert ctypes.string_at(buf.addr, 2 * PAGE) == bytes([9]) * 2 * PAGE
 
 
+def test_a_fork_at_which_they_cannot_come_home(nothing_left_behind: None, file: int) -> None:
+    """It is told once, whether all of device memory was to come home or guarded pages alone."""
+    needs("guard", "wp_async", "uffd_events", "pagemap", "uffd_kernel")
+    with pm.AddressSpace(disable=["event_fork"]) as mm, pm.DeviceMemory(pm.Device("d"), pm.MiB) as vram:
+        buf = mm.mmap(PAGES * PAGE, fd=file)
+        ctypes.memset(buf.addr, 9, 2 * PAGE)
+        assert to_device(buf, vram) == 2
+        before = mm.stats()["events"]["MIGRATE"]
+        with inject("MPROTECT", err=errno.EACCES, times=1000):
+            if (pid := os.fork()) == 0:
+                run_child(lambda: None)
+        assert wait_for(pid) == 0
+        assert mm.stats()["events"]["MIGRATE"] == before + 1
+        assert ctypes.string_at(buf.addr, 2 * PAGE) == bytes([9]) * 2 * PAGE
+
+
 MANY = f"""
 import mmap, numpy
 
