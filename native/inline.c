@@ -175,7 +175,7 @@ static enum verdict ask(struct context *context, int sig, uint64_t addr)
         return NOT_OURS;
     if (pm_mm_owned(mm) && (sig == SIGSEGV || mm->inline_faults))
         verdict = serve(mm, sig, addr);
-    else if (!pm_mm_owned(mm) && sig == SIGBUS)
+    else if (!pm_mm_owned(mm) && sig == SIGBUS && mm->inline_faults)
         verdict = inherited(context, mm, addr);
     put_mm(context);
     return verdict;

@@ -73,6 +73,24 @@ def test_a_fork_at_which_they_cannot_come_home(nothing_left_behind: None, file: 
         assert ctypes.string_at(buf.addr, 2 * PAGE) == bytes([9]) * 2 * PAGE
 
 
+def test_a_child_beyond_the_end_of_the_file(nothing_left_behind: None, file: int) -> None:
+    """Its SIGBUS is none that an address space without inline delivery would make it wait for."""
+    needs("uffd_kernel")
+    with space("inline") as other, pm.DeviceMemory(pm.Device("o"), pm.MiB) as memory:
+        taken = other.mmap(PAGE)
+        taken[0] = 1
+        assert to_device(taken, memory) == 1
+        with pm.AddressSpace() as mm, pm.DeviceMemory(pm.Device("d"), pm.MiB) as vram:
+            buf = mm.mmap(PAGES * PAGE, fd=file)
+            ctypes.memset(buf.addr, 9, PAGE)
+            assert to_device(buf, vram) == 1
+            os.ftruncate(file, 0)
+            if (pid := os.fork()) == 0:
+                faulthandler.enable(file=os.open(os.devnull, os.O_WRONLY))
+                run_child(lambda: ctypes.string_at(buf.addr, 1))
+            assert os.WTERMSIG(wait_for(pid)) == signal.SIGBUS
+
+
 MANY = f"""
 import mmap, numpy
 
