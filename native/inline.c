@@ -236,11 +236,15 @@ static int64_t fill_holes(struct pm_mm *mm, uint64_t start, uint64_t end)
 static int64_t make_present(struct pm_mm *mm, uint64_t start, uint64_t end)
 {
     struct pm_vma vma;
+    uint64_t first = start;
     int64_t got = 0;
     bool filled = mm->inline_faults && fills(mm, start, &vma);
 
     if (!mm->devices || !(filled ? watches(mm, start, &vma) : pm_watch_lists(mm, start)))
         return 0;
+    /* Guarded pages, which a device may be writing to; inline, all are waited for as they come home. */
+    if (!mm->inline_faults && pm_resident_next(mm->devices, &first, end))
+        pm_drain_writes(mm, first, end - 1, pm_now_ns() + quiet_limit_ns);
     if (pm_events_unread(mm))
         return -EAGAIN;
     got = pm_home_told(mm, start, end);

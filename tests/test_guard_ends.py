@@ -57,6 +57,31 @@ def test_coherent_memory_takes_none(mm: pm.AddressSpace, file: int) -> None:
         assert ctypes.string_at(buf.addr, 2 * PAGE) == bytes([9]) * 2 * PAGE
 
 
+def test_a_device_write_ends_before_they_come_home(mm: pm.AddressSpace, file: int) -> None:
+    """Also if it is a system call of pymirror's that they come home for."""
+    with pm.DeviceMemory(pm.Device("d"), pm.MiB) as vram:
+        buf, device = mm.mmap(PAGES * PAGE, fd=file), vram.device
+        ctypes.memset(buf.addr, 9, PAGE)
+        assert to_device(buf, vram) == 1
+        sub = pm.IntervalNotifier(mm, buf.addr, PAGE, lambda sub, update, seq: sub.set_seq(seq))
+        pfns, seq = np.zeros(1, np.uint64), sub.read_begin()
+        asked = {"default_flags": pm.HMM_PFN_REQ_FAULT, "dev_private_owner": vram.owner}
+        pm.hmm_range_fault(sub, buf.addr, buf.addr + PAGE, pfns, seq=seq, **asked)
+        assert device.page_table.map(sub, seq, buf.addr, pfns)
+        with points("ACCESS_LOOKED_UP") as point:
+            write = Background(device.write, mm, buf.addr, b"device")
+            point.wait()
+            populate = Background(mm.madvise, buf.addr, PAGE, MADV_POPULATE_READ)
+            assert populate.stays()
+            point.release()
+            write.result()
+            populate.result()
+        assert vram.used == 0
+        assert ctypes.string_at(buf.addr, 7) == b"device" + bytes([9])
+        device.page_table.clear(buf.addr, buf.addr + PAGE)
+        sub.remove()
+
+
 def test_a_fork_at_which_they_cannot_come_home(nothing_left_behind: None, file: int) -> None:
     """It is told once, whether all of device memory was to come home or guarded pages alone."""
     needs("guard", "wp_async", "uffd_events", "pagemap", "uffd_kernel")
