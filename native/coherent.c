@@ -166,7 +166,7 @@ static int64_t renew(struct pm_mm *mm, uint64_t addr)
         err = pm_sys_ioctl(mm->uffd, UFFDIO_COPY, &copy);
     if (err && err != -EEXIST)
         return err;
-    pm_sys_madvise(slot, PM_PAGE_SIZE, MADV_DONTNEED);
+    pm_slots_empty(mm, slot, PM_PAGE_SIZE);
     pm_devmem_forget(mm, addr, 1);
     if (!writable)
         pm_home_readonly(mm, addr, addr + PM_PAGE_SIZE);

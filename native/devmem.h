@@ -86,6 +86,7 @@ struct pm_devices {
     uint64_t *top;
     uint64_t *coherent; /* another such tree: see coherent.c */
     uint64_t around;    /* bytes that a CPU fault brings home */
+    bool leftover;      /* a slot may not be empty, though no page is noted in it */
     bool met_holes;     /* some of what has come home last may have been holes */
     bool minor;         /* memory of files has left: its holes are the file's pages */
     struct pm_devmem_stats stats;
@@ -162,6 +163,8 @@ uint64_t *pm_block_back(struct pm_devices *devices, struct pm_block *block);
 bool pm_slots_free(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot, uint64_t n);
 bool pm_block_release(struct pm_devices *devices, struct pm_devmem *vram, struct pm_block *block, uint64_t n);
 /* The page tables of unused blocks go. */
+/* What is in slots goes. */
+void pm_slots_empty(struct pm_mm *mm, uint64_t slot, uint64_t len);
 void pm_block_drop_tables(uint64_t start, uint64_t end);
 
 /* note.c */

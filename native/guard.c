@@ -170,7 +170,7 @@ int64_t pm_guard_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t l
         pm_watch_protect(mm, addr, addr + done);
     protect(first, all, prot_of(&vma));
     if (done) {
-        pm_sys_madvise(slot, done, MADV_DONTNEED);
+        pm_slots_empty(mm, slot, done);
         mm->devices->stats.copied += done >> PM_PAGE_SHIFT;
     }
     return got;
@@ -250,7 +250,7 @@ static int take_protected(struct pm_devmem *vram, const struct pm_lift *lift, ui
             put(mm, lift->addr, slot, bytes(lift->n));
     }
     if (err)
-        pm_sys_madvise(slot, bytes(lift->n), MADV_DONTNEED);
+        pm_slots_empty(mm, slot, bytes(lift->n));
     else
         note(vram, lift, slot);
     return err;

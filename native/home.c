@@ -48,7 +48,7 @@ static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_
         copy.len = PM_PAGE_SIZE;
     if (!copy.len)
         return err;
-    pm_sys_madvise(slot, copy.len, MADV_DONTNEED);
+    pm_slots_empty(mm, slot, copy.len);
     mm->devices->stats.copied += copy.len >> PM_PAGE_SHIFT;
     return (int64_t)copy.len;
 }

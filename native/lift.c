@@ -217,7 +217,7 @@ static void end(struct pm_devmem *vram, int err)
 
         if (addr && !err)
             continue;
-        pm_sys_madvise(slot, PM_PAGE_SIZE, MADV_DONTNEED);
+        pm_slots_empty(mm, slot, PM_PAGE_SIZE);
         if (addr)
             pm_devmem_forget(mm, addr, 1);
     }

@@ -58,30 +58,65 @@ static int learn_writable(struct pm_mm *mm, uint64_t addr, uint64_t end, bool *w
     return err;
 }
 
+/* How many bytes from addr on have a page. */
+static uint64_t length_there(struct pm_mm *mm, uint64_t addr, uint64_t len)
+{
+    const uint64_t there = PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED;
+    uint64_t seen[PM_HUGE_PAGES], total = len >> PM_PAGE_SHIFT, done = 0;
+
+    while (done < total) {
+        uint64_t n = pm_min(total - done, PM_HUGE_PAGES), run = 0;
+        int err = pm_pagemap_fill(mm, addr + (done << PM_PAGE_SHIFT), n, seen);
+
+        for (int i = 0; err && i < AGAIN_LIMIT; i++)
+            err = pm_pagemap_fill(mm, addr + (done << PM_PAGE_SHIFT), n, seen);
+        while (!err && run < n && (seen[run] & there))
+            run++;
+        done += run;
+        if (run < n)
+            break;
+    }
+    return done << PM_PAGE_SHIFT;
+}
+
+/*
+ * Pages to slots: bytes, from the first on, or an errno. Once Linux 6.18 has met a page that is busy for a
+ * moment, it forgets in the same call what it moves next, tries to move it again, finds it at its target
+ * (-EEXIST), and tells only of what it had moved before. The slots were empty, so what is there has moved.
+ */
+static int64_t take(struct pm_mm *mm, uint64_t slot, uint64_t addr, uint64_t len)
+{
+    uint64_t done;
+    int64_t got;
+
+    if (mm->devices->leftover && pm_sys_madvise(slot, len, MADV_DONTNEED))
+        return -EBUSY;
+    got = pm_move_pages(mm->arena_fd, slot, addr, len, 0);
+    done = got > 0 ? (uint64_t)got : 0;
+    if (done < len)
+        done += length_there(mm, slot + done, len - done);
+    return done ? (int64_t)done : got;
+}
+
 /* UFFDIO_MOVE takes pages of locked memory to locked memory only, which the slots are for that long. */
-static int64_t move_locked(int fd, uint64_t slot, uint64_t addr, uint64_t len)
+static int64_t move_locked(struct pm_mm *mm, uint64_t slot, uint64_t addr, uint64_t len)
 {
     int64_t got = pm_sys_mlock(slot, len);
 
     if (got)
         return got == -EAGAIN ? -EBUSY : got;
-    got = pm_move_pages(fd, slot, addr, len, 0);
+    got = take(mm, slot, addr, len);
     pm_sys_munlock(slot, len);
     return got;
 }
 
-static int64_t move_run(struct pm_devmem *vram, uint64_t slot, uint64_t addr, uint64_t len)
+static int64_t move_run(struct pm_mm *mm, uint64_t slot, uint64_t addr, uint64_t len)
 {
-    int fd = vram->mm->arena_fd;
-    int64_t got = pm_move_pages(fd, slot, addr, len, 0);
+    int64_t got = take(mm, slot, addr, len);
 
-    for (int i = 0; (got == -EAGAIN || got == -EEXIST) && i < AGAIN_LIMIT; i++) {
-        /* A slot that could not be emptied when its page went. */
-        if (got == -EEXIST)
-            pm_sys_madvise(slot, len, MADV_DONTNEED);
-        got = pm_move_pages(fd, slot, addr, len, 0);
-    }
-    return got == -EINVAL && pm_memory_locked() ? move_locked(fd, slot, addr, len) : got;
+    for (int i = 0; got == -EAGAIN && i < AGAIN_LIMIT; i++)
+        got = take(mm, slot, addr, len);
+    return got == -EINVAL && pm_memory_locked() ? move_locked(mm, slot, addr, len) : got;
 }
 
 /* Pages of [*addr, end), in one 2 MiB range, from *addr on. -EBUSY at one that does not move. */
@@ -105,7 +140,7 @@ static int move_out(struct pm_devmem *vram, uint64_t *addr, uint64_t end, const 
     /* So that noting cannot fail once they have moved. */
     if (pm_devmem_ready(vram, *addr, slot, n))
         return -ENOMEM;
-    got = move_run(vram, slot, *addr, n << PM_PAGE_SHIFT);
+    got = move_run(vram->mm, slot, *addr, n << PM_PAGE_SHIFT);
     if (got < 0) {
         pm_devmem_unready(vram, *addr, slot, n);
         return got == -EAGAIN ? -EBUSY : (int)got;
@@ -156,7 +191,7 @@ static int64_t move_stretch(struct pm_devmem *vram, uint64_t addr, uint64_t end,
 
     n = ready_stretch(vram, addr, slot, n);
     if (n)
-        got = pm_move_pages(vram->mm->arena_fd, slot, addr, n * PM_HUGE_SIZE, 0);
+        got = take(vram->mm, slot, addr, n * PM_HUGE_SIZE);
     note_stretch(vram, addr, slot, n, got > 0 ? (uint64_t)got : 0, writable);
     return got;
 }

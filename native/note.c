@@ -151,7 +151,7 @@ void pm_devmem_drop(struct pm_mm *mm, uint64_t start, uint64_t end)
         return;
     for (uint64_t addr = start, n; pm_resident_next(mm->devices, &addr, end); addr += n << PM_PAGE_SHIFT) {
         n = pm_resident_run(mm->devices, addr, end);
-        pm_sys_madvise(pm_resident(mm->devices, addr), n << PM_PAGE_SHIFT, MADV_DONTNEED);
+        pm_slots_empty(mm, pm_resident(mm->devices, addr), n << PM_PAGE_SHIFT);
         pm_devmem_forget(mm, addr, n);
         mm->devices->stats.dropped += n;
     }

@@ -108,6 +108,12 @@ uint64_t *pm_block_back(struct pm_devices *devices, struct pm_block *block)
     return block->back;
 }
 
+void pm_slots_empty(struct pm_mm *mm, uint64_t slot, uint64_t len)
+{
+    if (pm_sys_madvise(slot, len, MADV_DONTNEED))
+        mm->devices->leftover = true;
+}
+
 /* The page tables of unused blocks go: where one is, a huge page would have to be split to be moved in. */
 void pm_block_drop_tables(uint64_t start, uint64_t end)
 {
