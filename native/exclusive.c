@@ -14,6 +14,8 @@
 #include "populate.h"
 #include "table.h"
 
+enum { AGAIN_LIMIT = 64 };
+
 int pm_exclusive_create(pm_mm *mm, uint64_t size, pm_devmem **ret)
 {
     int err = pm_devmem_create(mm, size, 0, ret);
@@ -100,21 +102,36 @@ int pm_exclusive_fault(pm_devmem *arena, uint64_t start, uint64_t *end)
     return err;
 }
 
+static bool lacks(const uint64_t *pfns, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        if (!pfns[i])
+            return true;
+    }
+    return false;
+}
+
 int pm_exclusive(pm_devmem *arena, uint64_t start, uint64_t end, uint64_t *pfns)
 {
     struct pm_mm *mm = arena->mm;
-    uint64_t moved = 0;
+    uint64_t moved, n = (end - start) >> PM_PAGE_SHIFT;
     int err = pm_is_interval(start, end) ? pm_mm_enter(mm) : -EINVAL;
 
     if (err)
         return err;
     err = pm_inline_join(mm);
-    if (!err) {
-        pthread_mutex_lock(&mm->watch_lock);
-        err = pm_move_out(arena, start, end, &moved);
-        pthread_mutex_unlock(&mm->watch_lock);
+    /* What the CPU touches before it is read here has gone home: it is taken again. */
+    for (int i = 0; i < AGAIN_LIMIT; i++) {
+        moved = 0;
+        if (!err) {
+            pthread_mutex_lock(&mm->watch_lock);
+            err = pm_move_out(arena, start, end, &moved);
+            pthread_mutex_unlock(&mm->watch_lock);
+        }
+        read_pfns(arena, start, n, pfns);
+        if (err || !moved || !lacks(pfns, n))
+            break;
     }
-    read_pfns(arena, start, (end - start) >> PM_PAGE_SHIFT, pfns);
     pm_mm_exit(mm);
     return err;
 }
