@@ -85,7 +85,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "wp_async",
         lib.PM_FEAT_UFFD_WP_ASYNC,
-        "files on disk are not watched,"
+        "files on disk are not watched, nor do copies of their pages move to a device,"
         " and pages that were shared with a child count as writable once it is gone",
         "6.7",
         "CONFIG_PTE_MARKER_UFFD_WP=y",
@@ -201,7 +201,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "guard",
         lib.PM_FEAT_GUARD,
-        "copies of pages of a file on disk stay in system memory",
+        "copies of pages of a file on disk stay in system memory,"
+        " with inline delivery those of a file in memory too",
         "6.15",
         "CONFIG_MMU=y",
         "boot with proc_mem.force_override=always   # and allow madvise() in the sandbox's seccomp profile",

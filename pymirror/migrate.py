@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 def migrate_to_device(mm: AddressSpace, start: int, end: int, vram: DeviceMemory) -> int:
     """Move the pages of [start, end) into device memory; gives how many moved.
 
-    Private anonymous memory moves, never-touched pages too, for which nothing is copied, and copies of pages
-    of files in memory. Shared, hugetlb and other file memory stays, and so do pinned pages and what is in
-    device memory already (docs/device-memory.md, "What moves"). Pages shared with a forked child get copies
-    of their own first. When the device memory is full, what was moved in least recently goes home.
+    Private anonymous memory moves, never-touched pages too, for which nothing is copied, and of private
+    mappings of files the pages that are copies of this process's own. Shared, hugetlb and other file memory
+    stays, and so do pinned pages and what is in device memory already (docs/device-memory.md, "What moves").
+    Pages shared with a forked child get copies of their own first. When the device memory is full, what was
+    moved in least recently goes home.
 
     EINVAL: no interval of whole pages, or, after what precedes it has moved, a hole or a vma that cannot be
     read. ENOSPC: it is larger than the device memory. EBUSY: a fork or madvise of another thread does not
-    end; with inline delivery, a handler of SIGBUS was installed over pymirror's; or no page has moved, and
-    another userfaultfd has the memory. EXDEV: the device memory has pages of another address space.
+    end; a handler of SIGBUS or SIGSEGV was installed over pymirror's, which has one of SIGBUS with inline
+    delivery and one of SIGSEGV once copies of a file have moved; or no page has moved, and another
+    userfaultfd has the memory. EXDEV: the device memory has pages of another address space.
     EOPNOTSUPP, FeatureError: this kernel or user cannot have device memory. ENOMEM: also locked memory beyond
     RLIMIT_MEMLOCK; ESRCH; EDEADLK in a callback, under a driver lock and under read_lock().
     """
