@@ -534,7 +534,7 @@ int pm_devmem_fault_around(pm_devmem *vram, uint64_t bytes);
 /*
  * PM_MM_INLINE: the first migration makes the shim's handler that of SIGBUS, for good, and the first one of a
  * private mapping of a file that of SIGSEGV; what is not their own goes to the one that was there. The
- * address of a handler that was installed over that of `sig` since, 0: none. Nothing migrates then.
+ * address of a handler that was installed over that of `sig` since, 0: none. What needs `sig` stays then.
  */
 uint64_t pm_handler_over(int sig);
 
