@@ -37,6 +37,19 @@ class Recorder:
         return sorted(set(re.findall(r"\blib\.(pm_\w+)", text)) - self.fetched)
 
 
+class Ffi:
+    """Stands before ``ffi``, whose addressof() takes nothing but the library itself."""
+
+    def __init__(self, ffi: Any, lib: Any) -> None:
+        self._ffi, self._lib = ffi, lib
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ffi, name)
+
+    def addressof(self, of: Any, *fields: Any) -> Any:
+        return self._ffi.addressof(self._lib if isinstance(of, Recorder) else of, *fields)
+
+
 def _package() -> Path:
     spec = importlib.util.find_spec("pymirror")
     assert spec is not None
@@ -51,6 +64,7 @@ def _record() -> Recorder:
     assert spec.loader is not None
     shim = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shim)
+    shim.ffi = Ffi(shim.ffi, shim.lib)  # type: ignore[attr-defined]
     shim.lib = Recorder(shim.lib)  # type: ignore[attr-defined]
     sys.modules[spec.name] = shim
     return shim.lib  # type: ignore[attr-defined,no-any-return]
