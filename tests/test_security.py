@@ -23,7 +23,7 @@ import confined
 import exposed
 import pytest
 from racing import in_child
-from seams import errno_of, foreign
+from seams import errno_of, foreign, needs
 
 import pymirror as pm
 from pymirror._shim import ffi, lib
@@ -328,12 +328,14 @@ class TestPageFrameNumbers:
         assert len(real & said) < exposed.PAGES // 2
 
     def test_that_is_where_root_sees_them(self, roots: Target) -> None:
+        needs("pfn")
         real = physical(roots.pid, roots.addr)
         for name in ("range", "page table", "pfn", "migrate", "hmm_range_fault", "hmm_dma_map"):
             assert {value & MASK for value in roots.arrays[name]} == real, name
 
     def test_who_gives_up_root_opens_a_space_without_them(self, mm: pm.AddressSpace) -> None:
         """What was opened before keeps what it could: rights are those of the moment of opening."""
+        needs("pfn")
         assert "pfn" in mm.features
 
         def child() -> None:
