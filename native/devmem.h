@@ -163,6 +163,8 @@ uint64_t *pm_block_back(struct pm_devices *devices, struct pm_block *block);
 bool pm_slots_free(struct pm_devices *devices, struct pm_devmem *vram, uint64_t slot, uint64_t n);
 bool pm_block_release(struct pm_devices *devices, struct pm_devmem *vram, struct pm_block *block, uint64_t n);
 /* The page tables of unused blocks go. */
+/* Slots that pages are about to come to are empty: 0 or -EBUSY. */
+int pm_slots_ready(struct pm_mm *mm, uint64_t slot, uint64_t len);
 /* What is in slots goes. */
 void pm_slots_empty(struct pm_mm *mm, uint64_t slot, uint64_t len);
 void pm_block_drop_tables(uint64_t start, uint64_t end);

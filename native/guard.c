@@ -213,14 +213,8 @@ static int fill_slots(struct pm_mm *mm, const struct pm_lift *lift, uint64_t slo
     int err = got < 0 ? (int)got : (uint64_t)got == copy.len ? 0 : -EFAULT;
 
     if (!err)
-        err = pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
-    /* A slot that could not be emptied when its page went. */
-    if (err == -EEXIST) {
-        pm_sys_madvise(slot, copy.len, MADV_DONTNEED);
-        copy.copy = 0;
-        err = pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
-    }
-    return err;
+        err = pm_slots_ready(mm, slot, copy.len);
+    return err ? err : pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
 }
 
 static void note(struct pm_devmem *vram, const struct pm_lift *lift, uint64_t slot)

@@ -87,10 +87,10 @@ static uint64_t length_there(struct pm_mm *mm, uint64_t addr, uint64_t len)
 static int64_t take(struct pm_mm *mm, uint64_t slot, uint64_t addr, uint64_t len)
 {
     uint64_t done;
-    int64_t got;
+    int64_t got = pm_slots_ready(mm, slot, len);
 
-    if (mm->devices->leftover && pm_sys_madvise(slot, len, MADV_DONTNEED))
-        return -EBUSY;
+    if (got)
+        return got;
     got = pm_move_pages(mm->arena_fd, slot, addr, len, 0);
     done = got > 0 ? (uint64_t)got : 0;
     if (done < len)

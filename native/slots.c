@@ -108,6 +108,11 @@ uint64_t *pm_block_back(struct pm_devices *devices, struct pm_block *block)
     return block->back;
 }
 
+int pm_slots_ready(struct pm_mm *mm, uint64_t slot, uint64_t len)
+{
+    return mm->devices->leftover && pm_sys_madvise(slot, len, MADV_DONTNEED) ? -EBUSY : 0;
+}
+
 void pm_slots_empty(struct pm_mm *mm, uint64_t slot, uint64_t len)
 {
     if (pm_sys_madvise(slot, len, MADV_DONTNEED))
