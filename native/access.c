@@ -130,7 +130,11 @@ static int check_pages(struct pm_access_span *span, struct pm_access_why *fault)
 {
     if (span->at == span->addr)
         return check_system_pages(span, fault);
-    pm_devmem_fill(span->mm, span->at, span->len);
+    if (pm_devmem_holes(span->mm, span->at, span->len)) {
+        pm_lock(span->mm);
+        pm_devmem_fill(span->mm, span->addr, span->at, span->len);
+        pm_unlock(span->mm);
+    }
     return 0;
 }
 
@@ -268,7 +272,7 @@ int pm_access_span_with(struct pm_access_span *span, struct pm_access_why *fault
     pm_lock(mm);
     /* Who waited for this may have lost patience, and the page have gone home. */
     if (pm_devmem_is_at(mm->devices, pm_page_down(span->addr), pm_page_down(span->at))) {
-        pm_devmem_fill(mm, span->at, span->len);
+        pm_devmem_fill(mm, span->addr, span->at, span->len);
         err = work(span, arg);
     } else {
         fault_at(fault, pm_page_down(span->addr), pm_page_down(span->addr) + PM_PAGE_SIZE, PM_FAULT_MISSING);

@@ -36,21 +36,37 @@ bool pm_devmem_full(struct pm_devices *devices, uint64_t slot)
     return vram->blocks[pm_block_of(vram, slot)].used == PM_HUGE_PAGES;
 }
 
-static void fill(struct pm_mm *mm, uint64_t at, uint64_t end)
+static bool is_there(uint64_t entry)
 {
-    struct uffdio_zeropage zero = {.range = {at, end - at}};
-
-    pm_sys_ioctl(mm->arena_fd, UFFDIO_ZEROPAGE, &zero);
+    return entry & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED);
 }
 
-void pm_devmem_fill(struct pm_mm *mm, uint64_t at, uint64_t len)
+bool pm_devmem_holes(struct pm_mm *mm, uint64_t at, uint64_t len)
 {
-    uint64_t addr = pm_page_down(at), end = pm_page_up(at + len), seen;
+    uint64_t seen[PM_HUGE_PAGES], slot = pm_page_down(at), end = pm_page_up(at + len), n;
 
-    for (; addr < end; addr += PM_PAGE_SIZE) {
-        if (pm_pagemap_read(mm, addr, 1, &seen) == 0 &&
-            !(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
-            fill(mm, addr, addr + PM_PAGE_SIZE);
+    for (; slot < end; slot += n << PM_PAGE_SHIFT) {
+        n = pm_min((end - slot) >> PM_PAGE_SHIFT, PM_HUGE_PAGES);
+        if (pm_pagemap_read(mm, slot, n, seen))
+            return true;
+        for (uint64_t i = 0; i < n; i++) {
+            if (!is_there(seen[i]))
+                return true;
+        }
+    }
+    return false;
+}
+
+void pm_devmem_fill(struct pm_mm *mm, uint64_t addr, uint64_t at, uint64_t len)
+{
+    uint64_t slot = pm_page_down(at), end = pm_page_up(at + len), seen;
+
+    for (addr = pm_page_down(addr); slot < end; addr += PM_PAGE_SIZE, slot += PM_PAGE_SIZE) {
+        struct uffdio_zeropage zero = {.range = {slot, PM_PAGE_SIZE}};
+
+        if (pm_devmem_is_at(mm->devices, addr, slot) && pm_pagemap_read(mm, slot, 1, &seen) == 0 &&
+            !is_there(seen))
+            pm_sys_ioctl(mm->arena_fd, UFFDIO_ZEROPAGE, &zero);
     }
 }
 
@@ -317,7 +333,7 @@ static int populate_slot(struct pm_mm *mm, uint64_t slot)
 
     if (err || (seen & PM_ABI_PAGEMAP_EXCLUSIVE))
         return err;
-    if (!(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
+    if (!is_there(seen))
         return pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
     /* The zero page becomes one of its own; what else is there, or swapped out, keeps what is in it. */
     return pm_sys_madvise(slot, PM_PAGE_SIZE, PM_ABI_MADV_POPULATE_WRITE);

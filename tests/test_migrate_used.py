@@ -11,7 +11,7 @@ import pytest
 from migrating import PAGES, pattern, patterned, to_device
 from mirroring import DELIVERIES, PAGE, space_by
 from racing import in_child
-from seams import errno_of, inject, needs
+from seams import Background, errno_of, inject, needs, points
 
 import pymirror as pm
 
@@ -135,6 +135,26 @@ class TestAccessByTheDevice:
             dev.read(mm, buf.addr + 2 * PAGE, 1)
         assert refused.value.errno == errno.EFAULT
         assert dev.read(mm, buf.addr, PAGE) == pattern(PAGES)[:PAGE].tobytes()
+
+    def test_a_read_leaves_nothing_in_the_slot_of_a_page_that_went_home(
+        self, mm: pm.AddressSpace, vram: pm.DeviceMemory
+    ) -> None:
+        """What is in a slot is the next page's: the device and the CPU would not see the same."""
+        buf, dev = patterned(mm, 1), vram.device
+        to_device(buf, vram)
+        mapped(mm, buf, vram)
+        dev.set_fault_handler(None)
+        with points("ACCESS_LOOKED_UP") as looked_up:
+            read = Background(dev.read, mm, buf.addr, PAGE)
+            looked_up.wait()
+            assert pm.migrate_to_system(mm, buf.addr, buf.addr + PAGE) == 1
+            looked_up.release()
+            assert errno_of(read.result) == errno.EFAULT
+        assert to_device(buf, vram) == 1
+        mapped(mm, buf, vram)
+        assert dev.read(mm, buf.addr, PAGE) == pattern(1).tobytes()
+        dev.write(mm, buf.addr, b"device")
+        assert bytes(buf[:8]) == b"device" + pattern(1)[6:8].tobytes()
 
 
 def mapped(mm: pm.AddressSpace, buf: pm.Region, vram: pm.DeviceMemory) -> None:
