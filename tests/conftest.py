@@ -182,6 +182,13 @@ def nothing_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
+    """Device memory for its pages, whatever the module takes for ``mm``."""
+    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
+        yield memory
+
+
+@pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Path:
     """The folder of recordings, see its README."""
     folder: Path = request.config.getoption("--golden")

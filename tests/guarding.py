@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from mirroring import PAGE
 from seams import needs
-from test_disk_files import on_disk
 
 import pymirror as pm
 
@@ -29,17 +26,6 @@ def space(delivery: str) -> Iterator[pm.AddressSpace]:
     needs("sigbus" if delivery == "inline" else "uffd_kernel")
     with pm.AddressSpace(fault_delivery=delivery) as made:
         yield made
-
-
-@contextmanager
-def disk_file(folder: Path) -> Iterator[int]:
-    place = next((one for one in (folder, Path("/var/tmp"), Path.cwd()) if on_disk(one)), None)
-    if place is None:
-        pytest.skip("no file system on a disk is writable here")
-    with tempfile.TemporaryFile(dir=place) as made:
-        made.write(CONTENTS)
-        made.flush()
-        yield made.fileno()
 
 
 def expected() -> bytearray:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 from notifying import PAGE, invalidate
 from seams import WAIT_S, errno_of, needs
 
@@ -56,6 +57,13 @@ def space_by(delivery: str) -> pm.AddressSpace:
     fault_delivery, *off = delivery.split(" without ")
     needs("sigbus" if fault_delivery == "inline" else "uffd_kernel", "uffd_events", "pagemap")
     return pm.AddressSpace(fault_delivery=fault_delivery, disable=off)
+
+
+@pytest.fixture(params=DELIVERIES)
+def every_delivery(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
+    """An address space by each of them, for a module that says ``mm = every_delivery``."""
+    with space_by(request.param) as space:
+        yield space
 
 
 def errno_in_a_callback(mm: pm.AddressSpace, call: Callable[..., object], *args: Any) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
+import pytest
 from dma import nothing_mapped
 from notifying import invalidate
 from seams import needs
@@ -40,12 +40,15 @@ ALL = (
 )
 
 
-@contextmanager
-def odp_on(mm: pm.AddressSpace, *, iommu: bool) -> Iterator[Odp]:
-    """On a device with an IOMMU or without one; in the end nothing of it is left."""
-    if not iommu:
+@pytest.fixture(params=[True, False], ids=["iommu", "direct"])
+def odp_by_bus(request: pytest.FixtureRequest, mm: pm.AddressSpace) -> Iterator[Odp]:
+    """On a device with an IOMMU or without one; in the end nothing of it is left.
+
+    For a module that says ``odp = odp_by_bus``.
+    """
+    if not request.param:
         needs("pfn")
-    device = pm.Device("mlx5_0", iommu=iommu)
+    device = pm.Device("mlx5_0", iommu=request.param)
     with Odp(mm, device=device, timeout=10.0, imr_chunk=CHUNK) as made:
         yield made
     assert nothing_mapped(device)

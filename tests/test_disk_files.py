@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disk import disk_file
 from mirroring import FAULT, PAGE, WRITE, FaultDriver, as_bytes, modern_fault, valid, whole
 from seams import errno_of, needs
 
@@ -25,23 +25,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 
 
-def on_disk(folder: Path) -> bool:
-    """Not tmpfs: a file system that wants to hear of the first write to a page."""
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    inside = [(mount, kind) for mount, kind in mounts if folder.is_relative_to(mount)]
-    return max(inside, key=lambda one: len(one[0]))[1] not in ("tmpfs", "ramfs")
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[int]:
     """A descriptor of a file of PAGES pages, page i full of i + 1."""
-    folder = next((one for one in (tmp_path, Path("/var/tmp"), Path.cwd()) if on_disk(one)), None)
-    if folder is None:
-        pytest.skip("no file system on a disk is writable here")
-    with tempfile.TemporaryFile(dir=folder) as made:
-        made.write(CONTENTS)
-        made.flush()
-        yield made.fileno()
+    with disk_file(tmp_path, CONTENTS) as made:
+        yield made
 
 
 @pytest.fixture

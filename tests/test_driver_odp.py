@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from dma import nothing_mapped
 from mirroring import PAGE, as_bytes, filled
 from notifying import invalidate
-from odp_driver import ALL, HUGE, PAGES, bits, changes_once, odp_on, whole
+from odp_driver import ALL, HUGE, PAGES, bits, changes_once, odp_by_bus, whole
 from racing import in_child
 from seams import Background, errno_of
 
@@ -33,11 +33,7 @@ from pymirror.drivers.odp import (
 )
 from pymirror.drivers.umem_odp import ODP_READ_ALLOWED, ODP_WRITE_ALLOWED
 
-
-@pytest.fixture(params=[True, False], ids=["iommu", "direct"])
-def odp(request: pytest.FixtureRequest, mm: pm.AddressSpace) -> Iterator[Odp]:
-    with odp_on(mm, iommu=request.param) as made:
-        yield made
+odp = odp_by_bus
 
 
 class TestAccess:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Iterator
 
-import pytest
 from mirroring import PAGE, as_bytes, filled
-from odp_driver import ALL, CHUNK, PAGES, bits, odp_on, whole
+from odp_driver import ALL, CHUNK, PAGES, bits, odp_by_bus, whole
 from seams import errno_of
 
-import pymirror as pm
 from pymirror.drivers.odp import (
     ADVICE_PREFETCH,
     ADVICE_PREFETCH_NO_FAULT,
@@ -22,11 +19,7 @@ from pymirror.drivers.odp import (
     Odp,
 )
 
-
-@pytest.fixture(params=[True, False], ids=["iommu", "direct"])
-def odp(request: pytest.FixtureRequest, mm: pm.AddressSpace) -> Iterator[Odp]:
-    with odp_on(mm, iommu=request.param) as made:
-        yield made
+odp = odp_by_bus
 
 
 class TestImplicit:

@@ -6,14 +6,13 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 from dma import nothing_mapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mirroring import PAGE, as_bytes, errno_in_a_callback, filled
-from odp_driver import ALL, PAGES, odp_on, whole
+from odp_driver import ALL, PAGES, odp_by_bus, whole
 from racing import CHANGES, FOREIGN, GONE, changes, in_child
 from seams import Background, errno_of, foreign, needs, points
 
@@ -25,11 +24,7 @@ from pymirror.drivers.odp import (
     Odp,
 )
 
-
-@pytest.fixture(params=[True, False], ids=["iommu", "direct"])
-def odp(request: pytest.FixtureRequest, mm: pm.AddressSpace) -> Iterator[Odp]:
-    with odp_on(mm, iommu=request.param) as made:
-        yield made
+odp = odp_by_bus
 
 
 class TestRaces:

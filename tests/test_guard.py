@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from guarding import CONTENTS, COPIES, PAGES, contents, disk_file, expected, run, space, to_device
+from disk import disk_file
+from guarding import CONTENTS, COPIES, PAGES, contents, expected, run, space, to_device
 from mirroring import PAGE, FaultDriver, modern_fault, valid
 from racing import run_child, wait_for
 from seams import errno_of, foreign, inject, needs
@@ -34,14 +35,8 @@ def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm
 
 
 @pytest.fixture
-def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
-    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
-        yield memory
-
-
-@pytest.fixture
 def file(tmp_path: Path) -> Iterator[int]:
-    with disk_file(tmp_path) as made:
+    with disk_file(tmp_path, CONTENTS) as made:
         yield made
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from guarding import PAGES, disk_file, run, space, to_device
+from disk import disk_file
+from guarding import CONTENTS, PAGES, run, space, to_device
 from mirroring import PAGE
 from racing import run_child, wait_for
 from seams import Background, inject, needs, points
@@ -34,7 +35,7 @@ def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[int]:
-    with disk_file(tmp_path) as made:
+    with disk_file(tmp_path, CONTENTS) as made:
         yield made
 
 

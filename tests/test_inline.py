@@ -39,12 +39,6 @@ def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm
 inline = pytest.mark.parametrize("mm", ["inline"], indirect=True)
 
 
-@pytest.fixture
-def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
-    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
-        yield memory
-
-
 def out(mm: pm.AddressSpace, vram: pm.DeviceMemory, pages: int = PAGES) -> pm.Region:
     """Memory on the device, each page full of its number."""
     buf = mm.mmap(pages * PAGE)

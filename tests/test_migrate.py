@@ -7,13 +7,12 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from migrating import PAGES, intact, pattern, patterned, to_device
-from mirroring import DELIVERIES, PAGE, space_by
+from mirroring import PAGE, every_delivery
 from racing import in_child
 from seams import WAIT_S, errno_of, needs
 
@@ -22,16 +21,7 @@ import pymirror as pm
 pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
 
 
-@pytest.fixture(params=DELIVERIES)
-def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    with space_by(request.param) as space:
-        yield space
-
-
-@pytest.fixture
-def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
-    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
-        yield memory
+mm = every_delivery
 
 
 class TestMigration:

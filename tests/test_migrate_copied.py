@@ -6,13 +6,12 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
 import pytest
 from migrating import PAGES, intact, pattern, patterned, to_device
-from mirroring import DELIVERIES, PAGE, space_by
+from mirroring import PAGE, every_delivery
 from racing import run_child, wait_for
 from seams import errno_of, inject, needs
 
@@ -23,16 +22,7 @@ pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threa
 MADV_DONTFORK, MADV_DOFORK = 10, 11
 
 
-@pytest.fixture(params=DELIVERIES)
-def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    with space_by(request.param) as space:
-        yield space
-
-
-@pytest.fixture
-def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
-    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
-        yield memory
+mm = every_delivery
 
 
 def mlock(buf: pm.Region) -> None:

@@ -6,12 +6,11 @@ import errno
 import mmap
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from migrating import PAGES, intact, pattern, patterned, to_device
-from mirroring import DELIVERIES, PAGE, space_by
+from mirroring import PAGE, every_delivery
 from seams import errno_of, needs
 
 import pymirror as pm
@@ -20,16 +19,7 @@ from pymirror.device_memory import NEEDS
 pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
 
 
-@pytest.fixture(params=DELIVERIES)
-def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    with space_by(request.param) as space:
-        yield space
-
-
-@pytest.fixture
-def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
-    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
-        yield memory
+mm = every_delivery
 
 
 class TestEnds:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from migrating import PAGES, pattern, patterned, to_device
-from mirroring import DELIVERIES, PAGE, space_by
+from mirroring import PAGE, every_delivery
 from racing import in_child
 from seams import Background, errno_of, inject, needs, points
 
@@ -18,16 +17,7 @@ import pymirror as pm
 pytestmark = [pytest.mark.root, pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")]
 
 
-@pytest.fixture(params=DELIVERIES)
-def mm(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
-    with space_by(request.param) as space:
-        yield space
-
-
-@pytest.fixture
-def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
-    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
-        yield memory
+mm = every_delivery
 
 
 class TestProtection:

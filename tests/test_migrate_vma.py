@@ -31,12 +31,6 @@ def mm(request: pytest.FixtureRequest) -> Iterator[pm.AddressSpace]:
         yield mm
 
 
-@pytest.fixture
-def vram(mm: pm.AddressSpace) -> Iterator[pm.DeviceMemory]:
-    with pm.DeviceMemory(pm.Device("d0"), 16 * pm.MiB) as memory:
-        yield memory
-
-
 def numbered(mm: pm.AddressSpace, pages: int = PAGES) -> pm.Region:
     buf = mm.mmap(pages * PAGE)
     np.frombuffer(buf, np.uint64)[:] = np.arange(pages * PAGE // 8)
