@@ -33,12 +33,6 @@ static uint64_t bytes(uint64_t pages)
     return pages << PM_PAGE_SHIFT;
 }
 
-static int prot_of(const struct pm_vma *vma)
-{
-    return (vma->flags & PM_VMA_READ ? PROT_READ : 0) | (vma->flags & PM_VMA_WRITE ? PROT_WRITE : 0) |
-           (vma->flags & PM_VMA_EXEC ? PROT_EXEC : 0);
-}
-
 static bool is_private_file(const struct pm_vma *vma)
 {
     const uint64_t others = PM_VMA_SHARED | PM_VMA_HUGETLB | PM_VMA_SPECIAL;
@@ -96,7 +90,7 @@ static int shut(const struct pm_vma *vma, uint64_t addr, uint64_t len)
 
     /* Of a vma that has been unmapped in part meanwhile, what comes before the hole has changed. */
     if (err)
-        pm_sys_mprotect(addr, len, prot_of(vma));
+        pm_sys_mprotect(addr, len, pm_vma_prot(vma));
     return err;
 }
 
@@ -168,7 +162,7 @@ int64_t pm_guard_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t l
         advise(addr + done, len - done, PM_ABI_MADV_GUARD_INSTALL);
     if (done && !writable && (vma.flags & PM_VMA_WRITE))
         pm_watch_protect(mm, addr, addr + done);
-    protect(first, all, prot_of(&vma));
+    protect(first, all, pm_vma_prot(&vma));
     if (done) {
         pm_slots_empty(mm, slot, done);
         mm->devices->stats.copied += done >> PM_PAGE_SHIFT;
@@ -271,7 +265,7 @@ static int take(struct pm_devmem *vram, struct pm_lift *lift, uint64_t room)
     if (err)
         return err;
     err = take_protected(vram, lift, slot, room);
-    protect(lift->addr, bytes(lift->n), prot_of(&vma));
+    protect(lift->addr, bytes(lift->n), pm_vma_prot(&vma));
     return err;
 }
 

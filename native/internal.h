@@ -329,6 +329,7 @@ int pm_uffd_api(int fd, uint64_t features);
 
 /* vma.c: as pm_vma_find, without the check of the mm's state */
 int pm_vma_query(struct pm_mm *mm, uint64_t addr, struct pm_vma *ret);
+int pm_vma_prot(const struct pm_vma *vma); /* PROT_* */
 
 /* invalidate.c: with the device lock held */
 uint64_t pm_inv_open(struct pm_mm *mm, struct pm_inv *inv, uint64_t start, uint64_t last, int event,

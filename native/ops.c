@@ -22,12 +22,6 @@ int pm_munmap(pm_mm *mm, uint64_t addr, uint64_t len)
     return pm_sys_munmap(addr, len);
 }
 
-static uint32_t vma_flags(int prot)
-{
-    return (prot & PROT_READ ? PM_VMA_READ : 0) | (prot & PROT_WRITE ? PM_VMA_WRITE : 0) |
-           (prot & PROT_EXEC ? PM_VMA_EXEC : 0);
-}
-
 /*
  * The part of [*addr, end) that is in one vma; of a hole the kernel says what is wrong. As in the kernel,
  * pages in device memory are read-only once the protection of their vma has changed. In one hold of the lock,
@@ -35,7 +29,6 @@ static uint32_t vma_flags(int prot)
  */
 static int protect_next(struct pm_mm *mm, uint64_t *addr, uint64_t end, int prot)
 {
-    const uint64_t bits = PM_VMA_READ | PM_VMA_WRITE | PM_VMA_EXEC;
     bool differs = true;
     uint64_t next = end;
     struct pm_vma vma;
@@ -44,7 +37,7 @@ static int protect_next(struct pm_mm *mm, uint64_t *addr, uint64_t end, int prot
     pm_lock(mm);
     if (pm_vma_query(mm, *addr, &vma) == 0 && vma.start <= *addr) {
         next = pm_min(end, vma.end);
-        differs = (vma.flags & bits) != vma_flags(prot);
+        differs = pm_vma_prot(&vma) != (prot & (PROT_READ | PROT_WRITE | PROT_EXEC));
     }
     err = pm_sys_mprotect(*addr, next - *addr, prot);
     if (!err && differs)

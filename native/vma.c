@@ -7,6 +7,7 @@
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "maps.h"
 
@@ -86,6 +87,12 @@ static bool is_special(const struct pm_vma *vma)
     if (!may_be_special(vma))
         return false;
     return pm_sys_madvise(vma->start, PM_PAGE_SIZE, PM_ABI_MADV_COLD) == -EINVAL;
+}
+
+int pm_vma_prot(const struct pm_vma *vma)
+{
+    return (vma->flags & PM_VMA_READ ? PROT_READ : 0) | (vma->flags & PM_VMA_WRITE ? PROT_WRITE : 0) |
+           (vma->flags & PM_VMA_EXEC ? PROT_EXEC : 0);
 }
 
 int pm_vma_query(struct pm_mm *mm, uint64_t addr, struct pm_vma *ret)
