@@ -11,6 +11,7 @@
 #include "access.h"
 #include "devmem.h"
 #include "inline.h"
+#include "pagemap.h"
 #include "table.h"
 
 static const uint64_t writer_wait_ns = 1000ULL * 1000 * 1000;
@@ -128,9 +129,11 @@ static int check_system_pages(struct pm_access_span *span, struct pm_access_why 
 /* Pages do not change unseen in device memory. */
 static int check_pages(struct pm_access_span *span, struct pm_access_why *fault)
 {
+    uint64_t slot = pm_page_down(span->at), len = pm_page_up(span->at + span->len) - slot;
+
     if (span->at == span->addr)
         return check_system_pages(span, fault);
-    if (pm_devmem_holes(span->mm, span->at, span->len)) {
+    if (pm_pagemap_there(span->mm, slot, len) < len) {
         pm_lock(span->mm);
         pm_devmem_fill(span->mm, span->addr, span->at, span->len);
         pm_unlock(span->mm);
@@ -202,7 +205,6 @@ static void unlock_withdrawn(struct pm_access_span *span)
  */
 static void touch_source(struct pm_mm *mm, uint64_t start, uint64_t len)
 {
-    const uint64_t there = PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED;
     uint64_t seen[PM_ACCESS_PAGES + 1], first = pm_page_down(start);
     uint64_t n = (pm_page_up(start + len) - first) >> PM_PAGE_SHIFT;
     char byte;
@@ -210,7 +212,7 @@ static void touch_source(struct pm_mm *mm, uint64_t start, uint64_t len)
     if (!mm->devices || mm->inline_faults || pm_pagemap_read(mm, first, n, seen))
         return;
     for (uint64_t i = 0; i < n; i++) {
-        if (!(seen[i] & there))
+        if (!pm_is_there(seen[i]))
             pm_sys_vm_readv(&byte, first + (i << PM_PAGE_SHIFT), 1);
     }
 }

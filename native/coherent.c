@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include "devmem.h"
+#include "pagemap.h"
 
 enum { MAX_COHERENT = 2047, USED = 1 };
 static const uint64_t settle_limit_ns = 1000ULL * 1000 * 1000;
@@ -160,7 +161,7 @@ static int64_t renew(struct pm_mm *mm, uint64_t addr)
     struct uffdio_copy copy = {.dst = addr, .src = slot, .len = PM_PAGE_SIZE};
     int err = pm_pagemap_read(mm, slot, 1, &seen);
 
-    if (!err && !(seen & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
+    if (!err && !pm_is_there(seen))
         copy.src = (uintptr_t)zeroes;
     if (!err)
         err = pm_sys_ioctl(mm->uffd, UFFDIO_COPY, &copy);

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include "devmem.h"
+#include "pagemap.h"
 
 static const uint64_t arena_max = 1ULL << 40;
 
@@ -36,27 +37,6 @@ bool pm_devmem_full(struct pm_devices *devices, uint64_t slot)
     return vram->blocks[pm_block_of(vram, slot)].used == PM_HUGE_PAGES;
 }
 
-static bool is_there(uint64_t entry)
-{
-    return entry & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED);
-}
-
-bool pm_devmem_holes(struct pm_mm *mm, uint64_t at, uint64_t len)
-{
-    uint64_t seen[PM_HUGE_PAGES], slot = pm_page_down(at), end = pm_page_up(at + len), n;
-
-    for (; slot < end; slot += n << PM_PAGE_SHIFT) {
-        n = pm_min((end - slot) >> PM_PAGE_SHIFT, PM_HUGE_PAGES);
-        if (pm_pagemap_read(mm, slot, n, seen))
-            return true;
-        for (uint64_t i = 0; i < n; i++) {
-            if (!is_there(seen[i]))
-                return true;
-        }
-    }
-    return false;
-}
-
 void pm_devmem_fill(struct pm_mm *mm, uint64_t addr, uint64_t at, uint64_t len)
 {
     uint64_t slot = pm_page_down(at), end = pm_page_up(at + len), seen;
@@ -65,7 +45,7 @@ void pm_devmem_fill(struct pm_mm *mm, uint64_t addr, uint64_t at, uint64_t len)
         struct uffdio_zeropage zero = {.range = {slot, PM_PAGE_SIZE}};
 
         if (pm_devmem_is_at(mm->devices, addr, slot) && pm_pagemap_read(mm, slot, 1, &seen) == 0 &&
-            !is_there(seen))
+            !pm_is_there(seen))
             pm_sys_ioctl(mm->arena_fd, UFFDIO_ZEROPAGE, &zero);
     }
 }
@@ -333,7 +313,7 @@ static int populate_slot(struct pm_mm *mm, uint64_t slot)
 
     if (err || (seen & PM_ABI_PAGEMAP_EXCLUSIVE))
         return err;
-    if (!is_there(seen))
+    if (!pm_is_there(seen))
         return pm_sys_ioctl(mm->arena_fd, UFFDIO_COPY, &copy);
     /* The zero page becomes one of its own; what else is there, or swapped out, keeps what is in it. */
     return pm_sys_madvise(slot, PM_PAGE_SIZE, PM_ABI_MADV_POPULATE_WRITE);

@@ -146,10 +146,8 @@ void pm_resident_protect(struct pm_mm *mm, uint64_t start, uint64_t end);
 struct pm_devmem *pm_devmem_of(struct pm_devices *devices, uint64_t slot);
 uint64_t pm_slot_pfn(struct pm_devices *devices, uint64_t slot);
 bool pm_devmem_full(struct pm_devices *devices, uint64_t slot); /* the whole block of a slot */
-/* Is a slot of these one that no page was ever in? No lock is needed. */
-bool pm_devmem_holes(struct pm_mm *mm, uint64_t at, uint64_t len);
-/* Such ones become pages of zeroes: a device is about to use them. With the device lock held: a slot whose
- * page has gone home stays empty, or what is there would be taken for the next page. */
+/* Slots that no page was ever in become pages of zeroes: a device is about to use them. With the device lock
+ * held: a slot whose page has gone home stays empty, or what is there would be taken for the next page. */
 void pm_devmem_fill(struct pm_mm *mm, uint64_t addr, uint64_t at, uint64_t len);
 
 /* slots.c */

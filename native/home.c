@@ -14,11 +14,6 @@ enum { AGAIN_LIMIT = 64 };
 static const uint64_t drain_limit_ns = 1000ULL * 1000 * 1000;
 static const uint64_t home_limit_ns = 5000ULL * 1000 * 1000;
 
-static bool is_there(uint64_t entry)
-{
-    return entry & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED);
-}
-
 /* Where UFFDIO_MOVE may not, or is not: the vma is read-only by now, or locked, or the slot is looked at.
  * Pages from the first on that are all there, or all holes: bytes. */
 static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_t len)
@@ -29,10 +24,10 @@ static int64_t copy_home(struct pm_mm *mm, uint64_t addr, uint64_t slot, uint64_
 
     if (err)
         return err;
-    while (run < n && is_there(seen[run]) == is_there(seen[0]))
+    while (run < n && pm_is_there(seen[run]) == pm_is_there(seen[0]))
         run++;
     /* Never touched: a hole at home, too. */
-    if (!is_there(seen[0])) {
+    if (!pm_is_there(seen[0])) {
         mm->devices->met_holes = true;
         return (int64_t)(run << PM_PAGE_SHIFT);
     }

@@ -50,9 +50,9 @@ static uint64_t used_run(struct pm_mm *mm, uint64_t slot, uint64_t n, uint64_t *
     n = pm_min(n, PM_HUGE_PAGES);
     if (pm_pagemap_fill(mm, slot, n, seen))
         memset(seen, 0xff, sizeof(seen));
-    while (i < n && !(seen[i] & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)))
+    while (i < n && !pm_is_there(seen[i]))
         i++;
-    for (*unused = first = i; i < n && (seen[i] & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED));)
+    for (*unused = first = i; i < n && pm_is_there(seen[i]);)
         i++;
     return i - first;
 }

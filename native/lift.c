@@ -18,6 +18,7 @@
 
 #include "alone.h"
 #include "devmem.h"
+#include "pagemap.h"
 
 enum { AGAIN_LIMIT = 64 };
 static const int lift_flags = MREMAP_MAYMOVE | MREMAP_FIXED | PM_ABI_MREMAP_DONTUNMAP;
@@ -177,7 +178,7 @@ static int look(struct pm_mm *mm, const struct pm_lift *lift, bool *any)
     for (uint64_t i = 0; !err && i < lift->n; i++) {
         bool copy = (seen[i] & PM_ABI_PAGEMAP_PRESENT) && !(seen[i] & PM_ABI_PAGEMAP_FILE);
 
-        *any |= (seen[i] & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED)) != 0;
+        *any |= pm_is_there(seen[i]);
         err = lift->copies && !copy ? -EAGAIN : 0;
     }
     return err;

@@ -58,27 +58,6 @@ static int learn_writable(struct pm_mm *mm, uint64_t addr, uint64_t end, bool *w
     return err;
 }
 
-/* How many bytes from addr on have a page. */
-static uint64_t length_there(struct pm_mm *mm, uint64_t addr, uint64_t len)
-{
-    const uint64_t there = PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED;
-    uint64_t seen[PM_HUGE_PAGES], total = len >> PM_PAGE_SHIFT, done = 0;
-
-    while (done < total) {
-        uint64_t n = pm_min(total - done, PM_HUGE_PAGES), run = 0;
-        int err = pm_pagemap_fill(mm, addr + (done << PM_PAGE_SHIFT), n, seen);
-
-        for (int i = 0; err && i < AGAIN_LIMIT; i++)
-            err = pm_pagemap_fill(mm, addr + (done << PM_PAGE_SHIFT), n, seen);
-        while (!err && run < n && (seen[run] & there))
-            run++;
-        done += run;
-        if (run < n)
-            break;
-    }
-    return done << PM_PAGE_SHIFT;
-}
-
 /*
  * Pages to slots: bytes, from the first on, or an errno. Once Linux 6.18 has met a page that is busy for a
  * moment, it forgets in the same call what it moves next, tries to move it again, finds it at its target
@@ -94,7 +73,7 @@ static int64_t take(struct pm_mm *mm, uint64_t slot, uint64_t addr, uint64_t len
     got = pm_move_pages(mm->arena_fd, slot, addr, len, 0);
     done = got > 0 ? (uint64_t)got : 0;
     if (done < len)
-        done += length_there(mm, slot + done, len - done);
+        done += pm_pagemap_there(mm, slot + done, len - done);
     return done ? (int64_t)done : got;
 }
 

@@ -57,6 +57,25 @@ int pm_pagemap_fill(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret)
     return 0;
 }
 
+uint64_t pm_pagemap_there(struct pm_mm *mm, uint64_t addr, uint64_t len)
+{
+    uint64_t seen[PM_HUGE_PAGES], total = len >> PM_PAGE_SHIFT, done = 0;
+
+    while (done < total) {
+        uint64_t n = pm_min(total - done, PM_HUGE_PAGES), run = 0;
+        int err = pm_pagemap_fill(mm, addr + (done << PM_PAGE_SHIFT), n, seen);
+
+        for (int i = 0; err && i < PM_EINTR_LIMIT; i++)
+            err = pm_pagemap_fill(mm, addr + (done << PM_PAGE_SHIFT), n, seen);
+        while (!err && run < n && pm_is_there(seen[run]))
+            run++;
+        done += run;
+        if (run < n)
+            break;
+    }
+    return done << PM_PAGE_SHIFT;
+}
+
 int pm_pagemap_read(pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret)
 {
     int err;

@@ -25,8 +25,16 @@ struct pm_rules {
 
 struct pm_rules pm_rules_of(const struct pm_vma *vma);
 
+/* Of a raw entry: is there a page, in memory or in swap? */
+static inline bool pm_is_there(uint64_t entry)
+{
+    return entry & (PM_ABI_PAGEMAP_PRESENT | PM_ABI_PAGEMAP_SWAPPED);
+}
+
 /* Raw entries of n pages, in a block or any number; what lies beyond the address space is 0. */
 int pm_pagemap_fill(struct pm_mm *mm, uint64_t start, uint64_t n, uint64_t *ret);
+/* How many bytes from an address on have pages, without a gap; as far as can be read. */
+uint64_t pm_pagemap_there(struct pm_mm *mm, uint64_t addr, uint64_t len);
 /*
  * Turn the raw entries of n <= PM_BLOCK_PAGES pages, that cross at most PM_BLOCK_HUGE PMD ranges, into HMM
  * pfns in place. Returns the bits that all of them have.
