@@ -26,9 +26,13 @@ def check_mm(what: str, mm: object) -> None:
     check_is(what, "mm", mm, "notifiers", "an AddressSpace")
 
 
+def check_device(what: str, device: object) -> None:
+    check_is(what, "device", device, "dma_debug", "a Device")
+
+
 def device_call(device: Any, call: str) -> str:
     """`device: call`, with which messages begin."""
-    check_is(call, "device", device, "dma_debug", "a Device")
+    check_device(call, device)
     return f"{device.name}: {call}"
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import check_is, device_call, integer
+from ..arguments import check_device, device_call, integer
 from ..errors import MirrorError
 from .swiotlb import IO_TLB_SEGSIZE, IO_TLB_SIZE
 
@@ -50,13 +50,13 @@ def dma_set_mask_and_coherent(device: DmaDevice, mask: int) -> None:
 
 def dma_get_mask(device: DmaDevice) -> int:
     """The highest DMA address that the device can form."""
-    _check_device("dma_get_mask", device)
+    check_device("dma_get_mask", device)
     return device.dma_mask
 
 
 def dma_get_required_mask(device: DmaDevice) -> int:
     """The mask that reaches all memory: of the machine without an IOMMU, else of any page."""
-    _check_device("dma_get_required_mask", device)
+    check_device("dma_get_required_mask", device)
     if device.domain.iommu:
         return (1 << 64) - 1
     return (1 << (_end_of_memory() - 1).bit_length()) - 1
@@ -72,7 +72,7 @@ def dma_set_max_seg_size(device: DmaDevice, size: int) -> None:
 
 def dma_get_max_seg_size(device: DmaDevice) -> int:
     """The bytes that a segment of a scatterlist has at most."""
-    _check_device("dma_get_max_seg_size", device)
+    check_device("dma_get_max_seg_size", device)
     return device.max_segment_size
 
 
@@ -90,7 +90,7 @@ def dma_set_seg_boundary(device: DmaDevice, mask: int) -> None:
 
 def dma_get_seg_boundary(device: DmaDevice) -> int:
     """What dma_set_seg_boundary() set: no segment crosses a multiple of mask + 1 bytes."""
-    _check_device("dma_get_seg_boundary", device)
+    check_device("dma_get_seg_boundary", device)
     return device.segment_boundary
 
 
@@ -101,7 +101,7 @@ def dma_addressing_limited(device: DmaDevice) -> bool:
 
 def dma_need_sync(device: DmaDevice, addr: int) -> bool:
     """Whether dma_sync_*() does anything for the DMA address: it is one of a bounce buffer."""
-    _check_device("dma_need_sync", device)
+    check_device("dma_need_sync", device)
     addr = integer("dma_need_sync", "addr", addr)
     return not device.domain.iommu and device.swiotlb.owns(addr)
 
@@ -109,10 +109,6 @@ def dma_need_sync(device: DmaDevice, addr: int) -> bool:
 def dma_max_mapping_size(device: DmaDevice) -> int:
     """The bytes that one mapping may have: 256 KiB where it might have to be bounced."""
     return IO_TLB_SIZE * IO_TLB_SEGSIZE if dma_addressing_limited(device) else (1 << 64) - 1
-
-
-def _check_device(call: str, device: DmaDevice) -> None:
-    check_is(call, "device", device, "dma_debug", "a Device")
 
 
 @cache
